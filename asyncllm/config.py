@@ -1,0 +1,330 @@
+"""The configuration: one TOML file, a frozen struct per table, every key overridable by an environment variable.
+
+`docs/configuration.md` is generated from these structs (`python -m asyncllm.config`): the comment behind a field is its
+documentation, so every field has one, with its unit. Knows nothing of what the keys do.
+"""
+
+import difflib
+import inspect
+import os
+import re
+import tomllib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from asyncllm.errors import ConfigError, show
+
+ENV_PREFIX = "ASYNCLLM_"
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One [table] of the file."""
+
+
+class ServerConfig(Table, frozen=True):
+    """Where the server listens and how it goes away."""
+
+    host: str = "127.0.0.1"  # address to bind; 0.0.0.0 or :: for all
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000  # TCP port; 0 takes a free one and logs it
+    unix_socket: str = ""  # path of a Unix socket to listen on instead of host and port; empty = none
+    drain_timeout_s: Seconds = 30.0  # seconds that running requests get to finish after SIGTERM or Ctrl-C
+    keep_alive_s: Seconds = 75.0  # seconds an idle HTTP connection stays open
+    max_connections: Positive = 4096  # open connections in all; above it new ones are closed at once
+    max_connections_per_client: Positive = 1024  # open connections of one address (proxies: raise it)
+    header_timeout_s: Seconds = 30.0  # seconds in which a request's headers must have arrived
+    body_timeout_s: Seconds = 30.0  # seconds a request's body may stand still before the connection is given up
+
+
+class ModelConfig(Table, frozen=True):
+    """Which model, in which precision, on which device."""
+
+    path: str = "smollm2-135m-instruct"  # alias of the embedded model, directory of safetensors, .gguf file or hub name
+    served_name: str = ""  # name clients use; empty = the last part of the path
+    aliases: tuple[str, ...] = ()  # further names clients may use
+    revision: str = ""  # branch, tag or commit of a hub name; empty = main
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: the checkpoint's; bfloat16 for quantized files
+    )
+    device: str = "auto"  # cpu, cuda, cuda:1; auto = cuda where there is one
+    max_context_length: NonNegative = 0  # tokens of prompt plus output; 0 = the model's own
+
+
+class CacheConfig(Table, frozen=True):
+    """The paged KV cache."""
+
+    memory_gib: Annotated[float, Meta(ge=0)] = 0.0  # GiB for KV; 0 = 0.9 of free GPU memory, or 1 GiB on a CPU
+    num_blocks: NonNegative = 0  # blocks of KV; overrides memory_gib; 0 = from memory_gib
+    block_size: Annotated[int, Meta(ge=1, le=256)] = 16  # tokens in a block
+    prefix_cache: bool = True  # share the KV of equal prompt beginnings
+
+
+class SchedulerConfig(Table, frozen=True):
+    """How much runs at once and how much may wait."""
+
+    max_sequences: Positive = 256  # sequences running at once
+    max_batched_tokens: Positive = 2048  # query tokens in one step
+    max_chunk_tokens: Positive = 512  # prompt tokens of one sequence in a step while others decode
+    max_queued: Positive = 1024  # sequences waiting; above it the server answers 429
+    max_queued_tokens: Positive = 4_000_000  # prompt tokens waiting; above it the server answers 429
+    default_timeout_s: Seconds = 0.0  # seconds a request may take where it names no timeout; 0 = no limit
+    max_timeout_s: Seconds = 3600.0  # largest timeout a request may name, and the limit of those that name none
+
+
+class ExecutorConfig(Table, frozen=True):
+    """How steps are computed."""
+
+    threads: NonNegative = 0  # CPU threads for tensor work; 0 = one per core
+    cuda_graphs: bool = True  # replay captured graphs on CUDA; a CPU has none
+    cuda_graph_max_bs: Positive = 256  # rows of the largest captured decode batch
+    switch_interval_us: Positive = 200  # µs after which a thread that wants the GIL may ask for it
+
+
+class ApiConfig(Table, frozen=True):
+    """What the HTTP API accepts."""
+
+    cors_origins: tuple[str, ...] = ()  # origins a browser may call from; "*" for any; empty = no CORS headers
+    max_body_bytes: Positive = 8 * 1024 * 1024  # bytes of a request body, after decompression
+    strict: bool = False  # refuse unknown fields with 400 instead of naming them in x-ignored-params
+    sse_keep_alive_s: Seconds = 15.0  # seconds of silence after which a stream gets a comment line; 0 = never
+    max_choices: Annotated[int, Meta(ge=1, le=1024)] = 128  # prompts x n (or best_of) of one request
+    tokenizer_threads: Annotated[int, Meta(ge=1, le=16)] = 1  # threads that tokenize beside the event loop
+
+
+class LoggingConfig(Table, frozen=True):
+    """What is logged, to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"  # least severe level shown
+    json: bool = False  # one JSON object per line instead of text
+    access: bool = False  # one line per request; probes and /metrics are left out
+
+
+class MetricsConfig(Table, frozen=True):
+    """The Prometheus endpoint."""
+
+    prefix: Annotated[str, Meta(pattern="^[a-zA-Z_][a-zA-Z0-9_]*$")] = (
+        "asyncllm"  # name prefix; "vllm" gives vLLM's names
+    )
+    enabled: bool = True  # serve /metrics
+
+
+class Config(Table, frozen=True):
+    """The whole file."""
+
+    server: ServerConfig = ServerConfig()
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    executor: ExecutorConfig = ExecutorConfig()
+    api: ApiConfig = ApiConfig()
+    logging: LoggingConfig = LoggingConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+
+def load(path: str | Path | None, environ: typing.Mapping[str, str] | None = None) -> Config:
+    """Read the file (None: defaults only), lay the environment over it, and check everything.
+
+    Raises ConfigError naming file, line, key and the nearest known key.
+    """
+    environ = os.environ if environ is None else environ
+    text, where = "", "defaults"
+    if path is not None:
+        where = str(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{where}: not UTF-8 text ({error.reason})") from None
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot read the configuration: {error.strerror}") from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: not valid TOML: {error}") from None
+    _check_names(data, text, where)
+    for table, values in data.items():
+        _convert(Config.__annotations__[table], values, lambda key, t=table: f"{where}{_line_of(text, t, key)}", table)
+    _apply_environment(data, environ)
+    config = _convert(Config, data, lambda key: where, "")
+    _check_sense(config)
+    return config
+
+
+def _check_names(data: dict[str, Any], text: str, where: str) -> None:
+    tables = {f.name: f.type for f in msgspec.structs.fields(Config)}
+    for table, values in data.items():
+        if table not in tables:
+            raise ConfigError(f"{where}{_line_of(text, table)}: unknown table [{table}]{_nearest(table, tables)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where}{_line_of(text, '', table)}: {table} is a table: write [{table}]")
+        known = [f.name for f in msgspec.structs.fields(tables[table])]
+        for key in values:
+            if key not in known:
+                raise ConfigError(
+                    f"{where}{_line_of(text, table, key)}: unknown key {table}.{key}{_nearest(key, known)}"
+                )
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _line_of(text: str, table: str, key: str = "") -> str:
+    """`:LINE` of a table or of a key in it, or nothing where it is not written plainly."""
+    current = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[([^\[\]]+)\]", line)
+        if header:
+            current = header[1].strip()
+            if current == table and not key:
+                return f":{number}"
+        elif current == table and key and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+            return f":{number}"
+    return ""
+
+
+def _convert(struct: type, values: Any, where: typing.Callable[[str], str], table: str) -> Any:
+    try:
+        return msgspec.convert(values, struct)
+    except msgspec.ValidationError as error:
+        message, _, location = str(error).partition(" - at `$.")
+        dotted = location.rstrip("`")
+        key = re.split(r"[.\[]", dotted)[0]
+        value = values.get(key) if isinstance(values, dict) else values
+        name = f"{table}.{dotted}" if table else dotted
+        raise ConfigError(f"{where(key)}: {name} = {show(value)}: {message}") from None
+
+
+def _apply_environment(data: dict[str, Any], environ: typing.Mapping[str, str]) -> None:
+    """ASYNCLLM_SERVER__PORT=9000 sets server.port; lists are comma-separated."""
+    tables = {f.name: f.type for f in msgspec.structs.fields(Config)}
+    for variable, raw in environ.items():
+        if not variable.startswith(ENV_PREFIX) or "__" not in variable:
+            continue
+        table, _, key = variable[len(ENV_PREFIX) :].lower().partition("__")
+        if table not in tables:
+            raise ConfigError(f"environment: {variable}: unknown table {table!r}{_nearest(table, tables)}")
+        known = {f.name: f.type for f in msgspec.structs.fields(tables[table])}
+        if key not in known:
+            raise ConfigError(f"environment: {variable}: unknown key {table}.{key}{_nearest(key, known)}")
+        value: Any = [part.strip() for part in raw.split(",") if part.strip()] if _is_list(known[key]) else raw
+        if _base(known[key]) is bool:
+            value = {
+                "1": True,
+                "true": True,
+                "yes": True,
+                "on": True,
+                "0": False,
+                "false": False,
+                "no": False,
+                "off": False,
+            }.get(raw.lower(), raw)
+        try:
+            checked = msgspec.convert(value, known[key], strict=_base(known[key]) is bool)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"environment: {variable}={show(raw)}: {error}") from None
+        data.setdefault(table, {})[key] = list(checked) if isinstance(checked, tuple) else checked
+
+
+def _base(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is tuple
+
+
+def _check_sense(config: Config) -> None:
+    """Rules between keys."""
+    scheduler = config.scheduler
+    if scheduler.max_batched_tokens < scheduler.max_sequences:
+        raise ConfigError(
+            f"scheduler.max_batched_tokens = {scheduler.max_batched_tokens} is below scheduler.max_sequences = "
+            f"{scheduler.max_sequences}: a step must hold one token of every running sequence; raise it or lower that"
+        )
+    if scheduler.max_timeout_s and scheduler.default_timeout_s > scheduler.max_timeout_s:
+        raise ConfigError(
+            f"scheduler.default_timeout_s = {scheduler.default_timeout_s} is above scheduler.max_timeout_s = "
+            f"{scheduler.max_timeout_s}"
+        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.model.device):
+        raise ConfigError(f"model.device = {show(config.model.device)}: expected auto, cpu, cuda or cuda:N")
+
+
+def field_comments(struct: type) -> dict[str, str]:
+    """The comment behind each field of a table, read from this module's source."""
+    comments = {}
+    for line in inspect.getsource(struct).splitlines():
+        match = re.match(r"    (\w+): .*?  # (.*)$", line)
+        if match:
+            comments[match[1]] = match[2]
+    return comments
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def default_toml() -> str:
+    """The default configuration as a commented file; loads back to `Config()`."""
+    lines = ["# asyncllm-server configuration; every key here is at its default.", ""]
+    for table in msgspec.structs.fields(Config):
+        comments = field_comments(table.type)
+        lines += [f"# {inspect.getdoc(table.type)}", f"[{table.name}]"]
+        lines += [f"{f.name} = {_toml(f.default)}  # {comments[f.name]}" for f in msgspec.structs.fields(table.type)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _type_name(annotation: Any) -> str:
+    base = _base(annotation)
+    if typing.get_origin(base) is Literal:
+        return " \\| ".join(f'"{v}"' for v in typing.get_args(base))
+    if _is_list(base):
+        return "list of strings"
+    return {int: "integer", float: "number", str: "string", bool: "boolean"}[base]
+
+
+def markdown() -> str:
+    """docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated from `asyncllm/config.py` by `python -m asyncllm.config`; a test holds it to that.",
+        "",
+        "`asyncllm-server config.toml` reads one TOML file. `asyncllm-server --check config.toml` checks it,",
+        "`asyncllm-server --print-default` writes one with every key. Each key can be overridden by an environment",
+        "variable named `ASYNCLLM_<TABLE>__<KEY>`, such as `ASYNCLLM_SERVER__PORT=9000`; lists are comma-separated.",
+        "An unknown table or key stops the start, with its line and the nearest known name.",
+    ]
+    for table in msgspec.structs.fields(Config):
+        comments = field_comments(table.type)
+        lines += [
+            "",
+            f"## [{table.name}]",
+            "",
+            inspect.getdoc(table.type) or "",
+            "",
+            "| key | type | default | what it is |",
+            "|---|---|---|---|",
+        ]
+        for field in msgspec.structs.fields(table.type):
+            lines.append(
+                f"| `{field.name}` | {_type_name(field.type)} | `{_toml(field.default)}` | {comments[field.name]} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

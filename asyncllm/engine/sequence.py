@@ -1,0 +1,111 @@
+"""One sequence being generated: its tokens, how far they are computed, and what it holds.
+
+Plain state that the scheduler moves; knows no policy and no tensors. Engine thread only.
+"""
+
+from enum import Enum
+
+from asyncllm.engine.block_pool import Block, TrieParent
+from asyncllm.types import Submit
+
+NO_SLOT = -1
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """A request inside the engine, from `Submit` to `Finished`.
+
+    Three counters say how far it is, each at most the one before it:
+    `len(tokens) + num_in_flight`: tokens that exist, the last ones perhaps only on the device;
+    `num_computed_tokens`: tokens whose KV is in the cache once every launched step is done;
+    `num_committed_tokens`: the same for the steps the host has seen the end of.
+    """
+
+    __slots__ = (
+        "blocks",
+        "cache_parent",
+        "cache_salt",
+        "epoch",
+        "followers",
+        "has_extras",
+        "max_length",
+        "needs_last_token",
+        "num_blocks_wanted",
+        "num_cached_tokens",
+        "num_committed_tokens",
+        "num_computed_tokens",
+        "num_in_flight",
+        "num_prompt_logprobs",
+        "num_prompt_tokens",
+        "order",
+        "params",
+        "request_id",
+        "samples_in_slot",
+        "slot",
+        "status",
+        "stop_token_ids",
+        "tokens",
+    )
+
+    def __init__(self, submit: Submit, max_length: int) -> None:
+        """`max_length`: tokens of prompt plus output at which generation ends, whatever ends it."""
+        params = submit.params
+        self.request_id = submit.request_id
+        self.params = params
+        self.cache_salt = submit.cache_salt
+        # Sorts the waiting and the running alike; a preempted sequence keeps it, and so its place in the queue.
+        self.order = (submit.priority, submit.arrival_s, submit.request_id)
+        self.status = SequenceStatus.WAITING
+
+        self.tokens = list(submit.prompt_token_ids)  # prompt, then output
+        self.num_prompt_tokens = len(self.tokens)
+        self.max_length = max_length
+        self.num_in_flight = 0  # tokens sampled by launched steps, not yet committed
+        self.num_computed_tokens = 0
+        self.num_committed_tokens = 0
+        self.num_cached_tokens: int | None = None  # prefix hit when first scheduled; None before
+        self.num_prompt_logprobs = 0  # prompt positions whose log-probabilities were handed out
+
+        self.slot = NO_SLOT
+        self.samples_in_slot = False  # the slot holds the last token on the device: the next row can be a decode row
+        self.blocks: list[Block] = []
+        self.num_blocks_wanted = 1  # free blocks below which it is not worth trying to admit it
+        self.cache_parent: TrieParent = submit.cache_salt  # where its next full block hangs in the prefix trie
+        self.epoch = 0  # bumped when it leaves its slot: rows of an older epoch are not committed
+        self.followers: list[Sequence] | None = None  # siblings that wait for this one's prompt
+
+        # Read in the hot loop, so worked out once.
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        # The plan of its next step depends on the value of its last token, so it cannot be planned ahead of the device.
+        self.needs_last_token = any(len(word) > 1 for word in params.bad_words)
+        self.has_extras = bool(
+            params.bad_words
+            or (params.min_tokens and params.stop_token_ids)
+            or params.logprobs is not None
+            or params.prompt_logprobs is not None
+        )
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated and committed."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def prompt_is_committed(self) -> bool:
+        """Whether the whole prompt's KV is in the cache for others to find."""
+        return self.num_committed_tokens >= self.num_prompt_tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request_id}, {self.status.value}, "
+            f"tokens={self.num_prompt_tokens}+{self.num_output_tokens}, "
+            f"computed={self.num_computed_tokens}, in_flight={self.num_in_flight}, slot={self.slot}, "
+            f"blocks={len(self.blocks)}, epoch={self.epoch})"
+        )

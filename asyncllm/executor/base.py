@@ -1,0 +1,78 @@
+"""The seam between deciding and computing: a step plan goes in, sampled token ids come out.
+
+Columnar on purpose: an executor turns each list into one tensor. No torch here, so that the engine and its tests run
+without it. Everything in this module is used on the engine thread only.
+"""
+
+from typing import Protocol
+
+import msgspec
+
+from asyncllm.types import Capacity, SamplingParams, TokenLogprobs
+
+
+class SlotInit(msgspec.Struct):
+    """A sequence enters a slot: what the device must know before its first step there."""
+
+    slot: int
+    params: SamplingParams
+    token_ids: list[int]  # prompt, and whatever was generated before a preemption; owned by the sequence, read only
+    num_prompt_tokens: int
+
+
+class StepPlan(msgspec.Struct):
+    """One forward pass over rows of one or more query tokens each. Decode rows come first.
+
+    A decode row has exactly one query token: the one its slot sampled last, which may not have reached the host yet. All
+    other rows carry their tokens in `token_ids`.
+    """
+
+    slots: list[int]  # [S]
+    num_query_tokens: list[int]  # [S]
+    num_computed_tokens: list[int]  # [S], tokens whose KV is in the cache before this step
+    samples: list[bool]  # [S], False for a prefill chunk that does not reach the end of the known tokens
+    num_decode_rows: int
+    token_ids: list[int]  # query tokens of rows num_decode_rows.., flattened
+    new_slots: list[SlotInit]  # applied first
+    block_writes: list[tuple[int, int, int]]  # (slot, column of the block table, block id), applied second
+    banned: dict[int, list[int]]  # row -> token ids that must not be sampled in this step (min_tokens, bad_words)
+    logprob_rows: dict[int, int]  # row -> alternatives wanted for the sampled token
+    prompt_logprob_rows: dict[int, tuple[int, list[int]]]
+    # row -> (alternatives, target ids): logits of the row's first len(targets) query tokens are scored against targets
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens in the whole step."""
+        return self.num_decode_rows + len(self.token_ids)
+
+
+class StepResult(msgspec.Struct):
+    """What a step produced. `token_ids` is parallel to the plan's rows; -1 where a row does not sample."""
+
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] | None = None  # by row
+    prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None  # by row, one per target
+
+
+class StepHandle(Protocol):
+    """A step in flight."""
+
+    def wait(self) -> StepResult:
+        """Block (GIL released) until the device is done."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs plans in order on one device. Built, used and closed on the engine thread."""
+
+    capacity: Capacity
+    depth: int  # steps that may be in flight: 1 where launching computes, 2 where the device runs beside the host
+    facts: dict[str, str]  # device, dtype, memory: for /health and the start-up log
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start a step; returns at once where the device is asynchronous."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...

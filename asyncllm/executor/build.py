@@ -1,0 +1,125 @@
+"""Builds the executor a configuration asks for: picks device and precision, loads weights, sizes and allocates KV.
+
+Torch-free at import: torch comes in the first phase of start-up, on the engine thread, where everything here runs.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from asyncllm.config import Config
+from asyncllm.errors import StartupError
+from asyncllm.executor import host
+from asyncllm.executor.memory import GIB, check_weights_fit, plan_cache, weight_bytes
+from asyncllm.weights.base import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from asyncllm.executor.torch_executor import TorchExecutor
+
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str], None]) -> "TorchExecutor":
+    """An executor that is ready for its first step; `report` is told each phase as it begins.
+
+    Raises StartupError when the device is not there, or weights or KV do not fit.
+    """
+    report("import torch")
+    import torch
+
+    from asyncllm.attention.torch_attention import TorchAttention
+    from asyncllm.executor.torch_executor import TorchExecutor
+    from asyncllm.executor.warm_up import warm_up
+    from asyncllm.weights.loader import load_model
+
+    architecture = checkpoint.architecture
+    device = _device(config.model.device)
+    on_gpu = device.type == "cuda"
+    dtype, dtype_fact = choose_dtype(config.model.dtype, architecture.dtype, on_gpu, host.cpu_has_bfloat16())
+    bytes_per_value = BYTES_PER_VALUE[dtype]
+    num_threads = _set_threads(config.executor.threads)
+    facts = {
+        "device": _describe(device),
+        "dtype": dtype_fact,
+        "parameters": f"{architecture.num_parameters:,}",
+        "threads": str(num_threads),
+    }
+    if on_gpu and config.executor.cuda_graphs:
+        facts["graphs"] = "none captured: steps run eagerly"
+
+    report("load weights")
+    needed_bytes = weight_bytes(architecture, bytes_per_value, on_gpu)
+    check_weights_fit(needed_bytes, _available_bytes(device))
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    model = load_model(checkpoint, TorchAttention(), torch_dtype, device)
+    facts["weights"] = f"{needed_bytes / GIB:.2f} GiB"
+
+    report("allocate kv cache")
+    plan = plan_cache(architecture, config, bytes_per_value, _available_bytes(device), on_gpu)
+    facts["kv"] = plan.summary
+    try:
+        executor = TorchExecutor(model, architecture, plan.capacity, device, torch_dtype, facts)
+    except torch.OutOfMemoryError:
+        raise StartupError(
+            f"{device} ran out of memory while allocating {plan.num_bytes / GIB:.2f} GiB of KV cache: "
+            "lower cache.memory_gib"
+        ) from None
+
+    report("warm up")
+    warm_up(executor, config.scheduler.max_batched_tokens)
+    return executor
+
+
+def choose_dtype(asked: str, of_checkpoint: str, on_gpu: bool, cpu_has_bfloat16: bool) -> tuple[str, str]:
+    """The precision to compute in, and how to tell people about it.
+
+    `auto` is the checkpoint's, except where a CPU would have to emulate it. float16 then becomes float32 rather than
+    bfloat16, which would drop three bits of every weight.
+    """
+    if asked != "auto":
+        return asked, asked
+    if on_gpu or of_checkpoint == "float32" or (of_checkpoint == "bfloat16" and cpu_has_bfloat16):
+        return of_checkpoint, of_checkpoint
+    return "float32", f"float32 (the model's {of_checkpoint} is slower on this CPU)"
+
+
+def _device(asked: str) -> "torch.device":
+    import torch
+
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "auto":
+        asked = "cuda" if num_gpus else "cpu"
+    device = torch.device(asked)
+    if device.type == "cpu":
+        return device
+    index = device.index or 0
+    if index >= num_gpus:
+        found = f"{num_gpus} CUDA devices" if num_gpus else "no CUDA device"
+        raise StartupError(f"model.device = {asked}, but this machine has {found}: set model.device to auto or cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _describe(device: "torch.device") -> str:
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else host.cpu_name()
+    return f"{device} ({name})" if name else str(device)
+
+
+def _available_bytes(device: "torch.device") -> int:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host.available_memory_bytes()
+
+
+def _set_threads(asked: int) -> int:
+    """Tensor threads of this thread and those it starts; torch's own default knows cores, but no container's limit."""
+    import torch
+
+    num_threads = asked or min(torch.get_num_threads(), host.cpu_quota() or torch.get_num_threads())
+    torch.set_num_threads(num_threads)
+    return num_threads

@@ -1,0 +1,158 @@
+"""Runs step plans with plain torch ops, on a CPU or eagerly on a GPU; the reference every other executor must match.
+
+Knows the model as two functions, forward and compute_logits; knows nothing of requests, queues or text. Depth 1:
+launching computes. Built, used and closed on the engine thread.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asyncllm.executor import logprobs
+from asyncllm.executor.base import StepPlan, StepResult
+from asyncllm.executor.inputs import StepInputs, build_inputs
+from asyncllm.executor.logprobs import Scores
+from asyncllm.executor.sampler import Sampler
+from asyncllm.executor.sampling_rows import SamplingRows, gather_rows
+from asyncllm.executor.slots import SlotState
+from asyncllm.models.base import CausalLM
+from asyncllm.models.config import ModelArchitecture
+from asyncllm.types import Capacity, TokenLogprobs
+
+# Prompt positions are scored in groups whose logits take this many bytes at most.
+_SCORE_BYTES = 64 * 2**20
+
+
+@dataclass(slots=True)
+class TorchStep:
+    """A launched step; its tensors are read by `wait`."""
+
+    num_rows: int
+    rows: list[int]  # [R], rows of the plan that sampled
+    token_ids: Tensor | None  # [R] int64
+    scored_rows: dict[int, int]  # row -> alternatives wanted, in the order of `scores`
+    scores: Scores | None
+    scored_prompts: dict[int, tuple[int, list[int]]]  # row -> (alternatives, targets), in the order of `prompt_scores`
+    prompt_scores: Scores | None
+
+    def wait(self) -> StepResult:
+        """Copy the results to the host, the step's only synchronisation."""
+        result = StepResult([-1] * self.num_rows)
+        if self.token_ids is not None:
+            # `to` releases the GIL while it waits for a device.
+            sampled = self.token_ids.to("cpu").tolist()
+            if len(sampled) == self.num_rows:
+                result.token_ids = sampled
+            else:
+                for row, token_id in zip(self.rows, sampled):
+                    result.token_ids[row] = token_id
+        if self.scores is not None:
+            result.logprobs = dict(zip(self.scored_rows, self.scores.to_host(list(self.scored_rows.values()))))
+        if self.prompt_scores is not None:
+            result.prompt_logprobs = self._prompt_logprobs(self.prompt_scores)
+        return result
+
+    def _prompt_logprobs(self, scores: Scores) -> dict[int, list[TokenLogprobs]]:
+        wanted = [k for k, targets in self.scored_prompts.values() for _ in targets]
+        entries = iter(scores.to_host(wanted))
+        return {row: [next(entries) for _ in targets] for row, (_, targets) in self.scored_prompts.items()}
+
+
+class TorchExecutor:
+    """The `Executor` of this process. B block_size, K kv heads, D head_dim."""
+
+    depth = 1
+
+    def __init__(
+        self,
+        model: CausalLM,
+        architecture: ModelArchitecture,
+        capacity: Capacity,
+        device: torch.device,
+        dtype: torch.dtype,
+        facts: dict[str, str],
+    ) -> None:
+        self.model = model
+        self.capacity = capacity
+        self.facts = facts
+        self._device = device
+        shape = (2, capacity.num_blocks, capacity.block_size, architecture.num_kv_heads, architecture.head_dim)
+        # `zeros` would leave a CPU's pages unmapped until first used; writing them now makes resident memory final.
+        self.kv_caches = [  # per layer [2, num_blocks, B, K, D]
+            torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(architecture.num_layers)
+        ]
+        self.slots = SlotState(capacity, device)
+        self._sampler = Sampler(capacity.vocab_size, self.slots, device)
+        self._rows: SamplingRows | None = None
+        self._rows_key: tuple[int, list[int]] = (-1, [])  # slots' version and slot ids that _rows was gathered for
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> TorchStep:  # hot
+        """Compute the step. On a GPU the kernels may still run when this returns."""
+        self.slots.apply(plan.new_slots, plan.block_writes)
+        inputs = build_inputs(plan, self.slots, self.capacity.block_size, self._device)
+        hidden = self.model.forward(inputs.input_ids, inputs.metadata, self.kv_caches)  # [N, hidden]
+        token_ids, scores = self._sample(plan, inputs, hidden)
+        return TorchStep(
+            num_rows=len(plan.slots),
+            rows=inputs.sampling_rows,
+            token_ids=token_ids,
+            scored_rows=plan.logprob_rows,
+            scores=scores,
+            scored_prompts=plan.prompt_logprob_rows,
+            prompt_scores=self._score_prompts(plan, inputs, hidden) if plan.prompt_logprob_rows else None,
+        )
+
+    def close(self) -> None:
+        """Drop weights and cache, so that their memory can be used before this object dies."""
+        self.kv_caches.clear()
+        del self.model
+
+    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> tuple[Tensor | None, Scores | None]:
+        """Sample the rows that want a token and remember it in their slots: ids [R] and scores of those who asked."""
+        rows = inputs.sampling_rows
+        if not rows:
+            return None, None
+        if inputs.sampling_tokens is not None:
+            hidden = hidden.index_select(0, inputs.sampling_tokens)
+        logits = self.model.compute_logits(hidden)  # [R, V] float32
+        index_of = {row: index for index, row in enumerate(rows)} if plan.banned or plan.logprob_rows else {}
+        raw, scored = None, None
+        if plan.logprob_rows:
+            scored = self._index([index_of[row] for row in plan.logprob_rows])
+            raw = logits.index_select(0, scored)  # a copy: sampling overwrites the logits
+        banned = {index_of[row]: token_ids for row, token_ids in plan.banned.items()}
+        token_ids = self._sampler.sample(logits, self._sampling_rows(inputs), inputs.sample_positions, banned)
+        self.slots.last_token.index_copy_(0, inputs.sampling_slot_index, token_ids)
+        if raw is None or scored is None:
+            return token_ids, None
+        return token_ids, logprobs.score(raw, token_ids.index_select(0, scored), max(plan.logprob_rows.values()))
+
+    def _sampling_rows(self, inputs: StepInputs) -> SamplingRows:
+        """Parameters of the rows that sample, gathered anew only when another set of sequences runs."""
+        key = (self.slots.version, inputs.sampling_slots)
+        if self._rows is None or key != self._rows_key:
+            self._rows = gather_rows(self.slots, inputs.sampling_slots, self.capacity.vocab_size, self._device)
+            self._rows_key = (self.slots.version, list(inputs.sampling_slots))  # the plan's list is its owner's
+        return self._rows
+
+    def _score_prompts(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> Scores:
+        """Score prompt tokens, [sum of targets], in the order of plan.prompt_logprob_rows."""
+        wanted = plan.prompt_logprob_rows
+        tokens = [
+            int(inputs.query_starts[row]) + i for row, (_, targets) in wanted.items() for i in range(len(targets))
+        ]
+        targets = [target for _, row_targets in wanted.values() for target in row_targets]
+        num_alternatives = max(k for k, _ in wanted.values())
+        group = max(1, _SCORE_BYTES // (4 * self.capacity.vocab_size))
+        token_index, target_ids = self._index(tokens), self._index(targets)
+        parts = [
+            logprobs.score(self.model.compute_logits(hidden.index_select(0, some)), some_targets, num_alternatives)
+            for some, some_targets in zip(token_index.split(group), target_ids.split(group))
+        ]
+        return logprobs.concatenate(parts)
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self._device)

@@ -1,0 +1,48 @@
+"""Runs dummy steps through an executor, so that the first request does not pay for first calls.
+
+A fresh process loads kernels, picks algorithms per shape and grows allocator pools on first use. The steps run in the
+padding slot over the null block, where nothing of a request ever lives.
+"""
+
+from asyncllm.executor.base import Executor, SlotInit, StepPlan
+from asyncllm.types import Capacity, SamplingParams
+
+_DECODE_ROWS = (1, 2, 4, 8, 16)
+_PREFILL_TOKENS = 64
+# One row of each kind of draw.
+_DRAWS = (
+    SamplingParams(max_tokens=1, temperature=0.0),
+    SamplingParams(max_tokens=1, temperature=0.7, top_p=0.9, top_k=40),
+    SamplingParams(max_tokens=1),
+)
+
+
+def warm_up(executor: Executor, max_batched_tokens: int) -> None:
+    """One prefill, then a decode step for a few batch sizes."""
+    capacity = executor.capacity
+    num_tokens = min(_PREFILL_TOKENS, max_batched_tokens, capacity.max_context_length)
+    for params in _DRAWS:
+        executor.launch(_plan(capacity, params, [num_tokens], is_decode=False)).wait()
+    for num_rows in _DECODE_ROWS:
+        if num_rows <= min(capacity.max_sequences, max_batched_tokens):
+            executor.launch(_plan(capacity, None, [1] * num_rows, is_decode=True)).wait()
+
+
+def _plan(
+    capacity: Capacity, params: SamplingParams | None, num_query_tokens: list[int], *, is_decode: bool
+) -> StepPlan:
+    num_rows, num_tokens = len(num_query_tokens), sum(num_query_tokens)
+    padding_slot = capacity.max_sequences
+    return StepPlan(
+        slots=[padding_slot] * num_rows,
+        num_query_tokens=num_query_tokens,
+        num_computed_tokens=[0] * num_rows,
+        samples=[True] * num_rows,
+        num_decode_rows=num_rows if is_decode else 0,
+        token_ids=[] if is_decode else [0] * num_tokens,
+        new_slots=[] if params is None else [SlotInit(padding_slot, params, [0], 1)],
+        block_writes=[],
+        banned={},
+        logprob_rows={},
+        prompt_logprob_rows={},
+    )

@@ -1,0 +1,1 @@
+"""Floor 4: text in, text out, on the event loop."""

@@ -1,0 +1,235 @@
+"""One API request on its way back: the text of its choices as it grows, and the waiting consumer.
+
+A late consumer finds everything since its last look merged into one delta per choice, so a slow client costs memory for
+its own text and slows nobody else. Knows text and counters; nothing of HTTP or of the engine. Loop thread only.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from asyncllm.errors import AsyncLLMError
+from asyncllm.router.detokenizer import Detokenizer
+from asyncllm.router.stop import StopMatcher
+from asyncllm.types import FinishReason, SamplingParams, TokenLogprobs
+
+
+class ChoiceInput(msgspec.Struct, frozen=True):
+    """One sequence to generate: a prompt with everything its text needs."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False  # the stop string, or the stop token's text, is part of the output
+    skip_special_tokens: bool = True
+    prompt_index: int = 0  # choices of one prompt share its computation
+
+
+class Delta(msgspec.Struct):
+    """News about a choice since the last look."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = []  # every generated token, the one that stopped it too
+    logprobs: list[TokenLogprobs] | None = None  # parallel to token_ids, where asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None  # the stop string, or the stop token's id unless that is an eos
+
+
+class ChoiceStream:
+    """One sequence: its detokenizer, its stop strings, its counters, and the delta nobody has fetched yet."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_include_stop",
+        "_min_tokens",
+        "_pending",
+        "_stop",
+        "arrival_s",
+        "finish_reason",
+        "first_token_s",
+        "has_news",
+        "index",
+        "last_token_s",
+        "num_cached_tokens",
+        "num_output_tokens",
+        "num_prompt_tokens",
+        "num_queued_tokens",
+        "request_id",
+        "scheduled_s",
+        "stream",
+    )
+
+    def __init__(
+        self,
+        stream: "RequestStream",
+        index: int,
+        request_id: int,
+        choice: ChoiceInput,
+        detokenizer: Detokenizer,
+        num_queued_tokens: int,
+    ) -> None:
+        """`num_queued_tokens`: prompt tokens it adds to the queue, 0 where a sibling computes them."""
+        self.stream = stream
+        self.index = index
+        self.request_id = request_id
+        self.num_prompt_tokens = len(choice.prompt_token_ids)
+        self.num_queued_tokens = num_queued_tokens
+        self.num_cached_tokens = 0
+        self.num_output_tokens = 0
+        self.arrival_s = stream.arrival_s
+        self.scheduled_s = 0.0  # 0 = it did not happen yet; the same below
+        self.first_token_s = 0.0
+        self.last_token_s = 0.0
+        self.finish_reason: str | None = None
+        self.has_news = False
+        self._detokenizer = detokenizer
+        self._stop = StopMatcher(choice.stop, choice.include_stop) if choice.stop else None
+        self._include_stop = choice.include_stop
+        self._min_tokens = choice.params.min_tokens
+        self._pending: Delta | None = None
+
+    def push(self, token_id: int, logprobs: TokenLogprobs | None, now_s: float, is_stop: bool) -> bool:  # hot
+        """Take the next token; True when its text completed a stop string.
+
+        `is_stop`: this token is what stopped the sequence, so it counts but is not shown, unless asked for.
+        """
+        self.num_output_tokens += 1
+        if not self.first_token_s:
+            self.first_token_s = now_s
+        self.last_token_s = now_s
+        delta = self._pending
+        if delta is None:
+            delta = self._pending = Delta(self.index)
+        delta.token_ids.append(token_id)
+        if logprobs is not None:
+            if delta.logprobs is None:
+                delta.logprobs = []
+            delta.logprobs.append(logprobs)
+            self.has_news = True
+        if is_stop and not self._include_stop:
+            return False
+        text = self._detokenizer.push(token_id)
+        stop = self._stop
+        if not text:
+            return False
+        if stop is not None:
+            # As in vLLM: the token that fulfils min_tokens is not checked yet, the next one is.
+            text = stop.push(text, self.num_output_tokens > self._min_tokens)
+        if text:
+            delta.text += text
+            self.has_news = True
+        return stop is not None and stop.matched is not None
+
+    def push_prompt_logprobs(self, rows: list[TokenLogprobs]) -> None:
+        """Take the next positions of the prompt."""
+        delta = self._pending_delta()
+        delta.prompt_logprobs = (delta.prompt_logprobs or []) + rows
+        self.has_news = True
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None) -> None:
+        """End it: held-back text is shown, up to a stop string that its very end completes."""
+        delta = self._pending_delta()
+        text = self._detokenizer.finish()
+        if self._stop is not None:
+            text = self._stop.push(text, self.num_output_tokens > self._min_tokens) + self._stop.finish()
+            if self._stop.matched is not None:
+                reason, stop_reason = FinishReason.STOP, self._stop.matched
+        delta.text += text
+        delta.finish_reason = self.finish_reason = reason.value
+        delta.stop_reason = stop_reason
+        self.has_news = True
+
+    def take(self) -> Delta:
+        """The news; afterwards there is none."""
+        delta = self._pending_delta()
+        self._pending = None
+        self.has_news = False
+        return delta
+
+    def timings(self) -> tuple[float, float, float] | None:
+        """Seconds of queue, prefill and decode; None while it waits in the queue."""
+        if not self.scheduled_s:
+            return None
+        prefill_s = self.first_token_s - self.scheduled_s if self.first_token_s else 0.0
+        return self.scheduled_s - self.arrival_s, prefill_s, self.last_token_s - self.first_token_s
+
+    def _pending_delta(self) -> Delta:
+        if self._pending is None:
+            self._pending = Delta(self.index)
+        return self._pending
+
+
+class RequestStream:
+    """What the server holds of a running request. One consumer."""
+
+    __slots__ = ("_error", "_on_abort", "_waiter", "arrival_s", "choices", "deadline", "num_running", "public_id")
+
+    def __init__(self, public_id: str, arrival_s: float, on_abort: Callable[["RequestStream"], None]) -> None:
+        self.public_id = public_id
+        self.arrival_s = arrival_s
+        self.choices: list[ChoiceStream] = []
+        self.num_running = 0  # choices that have not ended
+        self.deadline: asyncio.TimerHandle | None = None
+        self._on_abort = on_abort
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: AsyncLLMError | None = None
+
+    async def get(self) -> list[Delta]:
+        """Wait for news, then everything since the last call: one merged delta per choice that has some.
+
+        An empty list says that the request is over and everything was handed out; so do all later calls. Raises the
+        error that ended the request, after what was generated before it.
+        """
+        while True:
+            news = [choice.take() for choice in self.choices if choice.has_news]
+            if news:
+                return news
+            if self._error is not None:
+                raise self._error
+            if not self.num_running:
+                return []
+            assert self._waiter is None, f"two consumers wait for {self.public_id}"
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    async def collect(self) -> list[Delta]:
+        """Wait for the end: one delta per choice, in order. Raises the error that ended the request."""
+        whole = [Delta(choice.index) for choice in self.choices]
+        while news := await self.get():
+            for delta in news:
+                merge(whole[delta.index], delta)
+        return whole
+
+    def abort(self) -> None:
+        """Nobody waits for it any more: free everything. Harmless when it is over."""
+        if self.num_running:
+            self._on_abort(self)
+
+    def wake(self) -> None:  # hot
+        """There is news: let the consumer run once this callback is through. Called by the router."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def fail(self, error: AsyncLLMError) -> None:
+        """The request ends with this error. Called by the router."""
+        self._error = error
+        self.wake()
+
+
+def merge(into: Delta, delta: Delta) -> None:
+    """Append a later delta of the same choice."""
+    into.text += delta.text
+    into.token_ids += delta.token_ids
+    if delta.logprobs is not None:
+        into.logprobs = (into.logprobs or []) + delta.logprobs
+    if delta.prompt_logprobs is not None:
+        into.prompt_logprobs = (into.prompt_logprobs or []) + delta.prompt_logprobs
+    if delta.finish_reason is not None:
+        into.finish_reason, into.stop_reason = delta.finish_reason, delta.stop_reason

@@ -1,0 +1,135 @@
+"""Text to token ids and back, around one `tokenizers.Tokenizer`.
+
+Two encoders of the same vocabulary: one reads special tokens out of the text (raw completions, rendered templates), the
+other takes special-looking text as text. Both go through `encode_batch_fast`, which releases the GIL; the router calls
+them in its pool. Everything else is cheap and stays on the loop thread.
+"""
+
+import tokenizers
+
+from asyncllm.errors import ContextLengthExceeded, InvalidRequest
+from asyncllm.router.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from asyncllm.router.token_bytes import ByteTable, byte_scheme
+from asyncllm.weights.base import TextFacts
+
+
+class Tokenizer:
+    """The model's tokenizer as the router needs it."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, text: TextFacts) -> None:
+        # A tokenizer.json may carry the settings of its training run, which would cut or pad prompts.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._plain = tokenizers.Tokenizer.from_str(backend.to_str())
+        self._plain.encode_special_tokens = True
+        self.text = text
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.eos_token_ids = text.eos_token_ids
+        added = backend.get_added_tokens_decoder()
+        self.special_tokens = {token.content: token for token in added.values() if token.special}
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._scheme = byte_scheme(backend)
+        self._shown: ByteTable | None = None
+        self._skipping: ByteTable | None = None
+        if self._scheme is not None:
+            self._shown = ByteTable(backend, self._scheme, frozenset())
+            self._skipping = ByteTable(backend, self._scheme, self._special_ids)
+        self._max_token_bytes = self._longest_token()
+
+    # --- text to ids: in the pool ------------------------------------------------------------------------------------
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a raw prompt; special tokens in it are read as such, bos goes in front where the model asks."""
+        return self.encode_prompts([text], add_special_tokens)[0]
+
+    def encode_prompts(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The same for many, in parallel. Raises InvalidRequest for text that is not valid Unicode."""
+        for text in texts:
+            check_text(text)
+        batch = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        rows: list[list[int]] = [encoding.ids for encoding in batch]
+        bos = self.text.bos_token_id
+        if add_special_tokens and self.text.add_bos and bos is not None:
+            rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
+        return rows
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        """Ids of plain text: nothing is added, and what looks like a special token stays text."""
+        for text in texts:
+            check_text(text)
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def check_length(self, text: str, max_context_length: int, param: str | None = None) -> None:
+        """Refuse text that cannot fit whatever its tokens are, before anybody spends time on tokenizing it.
+
+        A token stands for at most `_max_token_bytes` bytes, so there are at least so many tokens. Raises
+        ContextLengthExceeded.
+        """
+        if self._max_token_bytes is None or len(text) <= max_context_length:
+            return
+        num_bytes = len(text.encode("utf-8", "replace"))
+        at_least = -(-num_bytes // self._max_token_bytes)
+        if at_least > max_context_length:
+            raise ContextLengthExceeded(
+                f"The model's context is {max_context_length} tokens; this text of {len(text)} characters has at least "
+                f"{at_least} tokens.",
+                param=param,
+            )
+
+    def _longest_token(self) -> int | None:
+        """Bytes of the longest token; None where a token may stand for more text than it shows.
+
+        A normalizer may shorten the text (whitespace, accents) and an unknown-word token may swallow any amount.
+        """
+        if self._scheme is None or self._backend.normalizer is not None:
+            return None
+        if not isinstance(self._backend.model, tokenizers.models.BPE):
+            return None
+        # Byte-level strings have one character per byte; in others a character has up to four.
+        factor = 1 if self._scheme.byte_level else 4
+        longest = max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+        return max(longest * factor, 1)
+
+    # --- ids to text: on the loop ------------------------------------------------------------------------------------
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, special ones too; empty for an id without a token."""
+        if self._shown is not None:
+            return self._shown[token_id]
+        return self.decode([token_id]).encode()
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        """The text of these tokens."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether this is a control token."""
+        return token_id in self._special_ids
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token's string."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
+        """A fresh incremental detokenizer."""
+        table = self._skipping if skip_special_tokens else self._shown
+        if table is None or self._scheme is None:
+            return WindowDetokenizer(self._backend, skip_special_tokens)
+        return ByteDetokenizer(table, self._scheme.num_stripped_spaces)
+
+
+def check_text(text: str, param: str | None = None) -> None:
+    """Raises InvalidRequest for a lone surrogate: it has no UTF-8, and the tokenizer would fail with a TypeError."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise InvalidRequest(
+            f"The text is not valid Unicode: a lone surrogate U+{code:04X} at character {error.start}.",
+            param=param,
+        ) from None

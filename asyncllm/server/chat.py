@@ -1,0 +1,115 @@
+"""POST /v1/chat/completions: from messages to a job, and from deltas to OpenAI's chat shapes."""
+
+from aiohttp import web
+
+from asyncllm.router.stream import Delta
+from asyncllm.server import params
+from asyncllm.server.job import Choice, Job, admit, prepare, respond
+from asyncllm.server.logprobs import TokenText, chat_logprobs
+from asyncllm.server.responses import (
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessage,
+    Usage,
+    encode_json,
+    prompt_logprobs,
+)
+from asyncllm.server.serving import SERVING
+from asyncllm.server.sse import ChunkTemplate
+from asyncllm.server.wire import ChatCompletionRequest
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """Generate the next turn of a conversation."""
+    serving = request.app[SERVING]
+    arrived = await prepare(request, ChatCompletionRequest)
+    body = arrived.body
+    params.check_chat(body)
+    params.check_token_ids(body, arrived.capacity.vocab_size)
+    messages = params.chat_messages(body.messages)
+    continue_final = bool(body.continue_final_message)
+    prompt = await serving.router.render_chat(
+        messages,
+        add_generation_prompt=not continue_final if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continue_final,
+        template_kwargs=body.chat_template_kwargs or {},
+    )
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    job = await admit(
+        request,
+        arrived,
+        prefix="chatcmpl",
+        prompts=[prompt],
+        num_choices=body.n or 1,
+        max_tokens=params.resolve_max_tokens(body, chat=True),
+        default_max_tokens=None,
+        logprobs=logprobs,
+        param="messages",
+    )
+    return await respond(request, job, ChatFrames(job), chat_body)
+
+
+class ChatFrames:
+    """chat.completion.chunk frames."""
+
+    def __init__(self, job: Job) -> None:
+        head = {
+            "id": job.id,
+            "object": "chat.completion.chunk",
+            "created": job.created,
+            "model": job.model,
+            "system_fingerprint": job.fingerprint,
+        }
+        self._template = ChunkTemplate(head, job.include_usage)
+        self._token_text = job.token_text
+        self._indexes = range(len(job.stream.choices))
+        self._starts = [self._template.choice(index, b"delta") for index in self._indexes]
+        self._plain_end = self._template.close()
+
+    def opening(self) -> bytes:
+        """The role, once per choice."""
+        delta = b'{"role":"assistant","content":"","refusal":null}'
+        return b"".join(self._starts[index] + delta + self._plain_end for index in self._indexes)
+
+    def delta(self, delta: Delta, usage: Usage | None) -> bytes:  # hot
+        """A content chunk where there is text, then the finish chunk where it ended."""
+        frames = b""
+        start = self._starts[delta.index]
+        if delta.text or delta.logprobs:
+            logprobs = self._logprobs(delta) if delta.logprobs else b"null"
+            plain = usage is None and not delta.logprobs
+            end = self._plain_end if plain else self._template.close(logprobs, usage=usage)
+            frames = start + b'{"content":' + encode_json(delta.text) + b"}" + end
+        if delta.finish_reason is not None:
+            frames += start + b"{}" + self._template.close(finish=self._template.finish(delta), usage=usage)
+        return frames
+
+    def usage(self, usage: Usage) -> bytes:
+        """The chunk behind the last choice's end."""
+        return self._template.usage_only(usage)
+
+    def _logprobs(self, delta: Delta) -> bytes:
+        return encode_json(ChatLogprobs(chat_logprobs(delta.logprobs or [], self._token_text)))
+
+
+def chat_body(job: Job, choices: list[Choice]) -> ChatCompletion:
+    """The whole answer."""
+    first = choices[0].prompt_logprobs
+    return ChatCompletion(
+        id=job.id,
+        created=job.created,
+        model=job.model,
+        system_fingerprint=job.fingerprint,
+        choices=[_chat_choice(index, choice, job.token_text) for index, choice in enumerate(choices)],
+        usage=job.usage(),
+        prompt_logprobs=prompt_logprobs(first, job.token_text.text) if first is not None else None,
+    )
+
+
+def _chat_choice(index: int, choice: Choice, token_text: TokenText) -> ChatChoice:
+    logprobs = None
+    if choice.logprobs is not None:
+        logprobs = ChatLogprobs(chat_logprobs(choice.logprobs, token_text))
+    message = ChatMessage("assistant", choice.text)
+    return ChatChoice(index, message, logprobs, choice.finish_reason, choice.stop_reason)

@@ -1,0 +1,268 @@
+"""The way of a generation request, the same for chat and completions, streamed and whole.
+
+prepare (read, decode) -> the API's own checks and prompts -> admit (limits, parameters, submit) -> respond. Everything
+that can be refused is refused before the status line.
+"""
+
+import difflib
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import msgspec
+from aiohttp import web
+
+from asyncllm.errors import AsyncLLMError, InvalidRequest, Timeout
+from asyncllm.router.stream import ChoiceInput, Delta, RequestStream
+from asyncllm.server import params
+from asyncllm.server.body import check_content_type, decode, read_body
+from asyncllm.server.logprobs import TokenText
+from asyncllm.server.responses import Usage, json_response, usage
+from asyncllm.server.serving import REQUEST_ID, SERVING, Serving
+from asyncllm.server.sse import DONE, HEADERS, Frames
+from asyncllm.server.wire import GenerationRequest
+from asyncllm.types import Capacity, TokenLogprobs
+
+R = TypeVar("R", bound=GenerationRequest)
+MAX_HEADER_CHARS = 1024
+
+log = logging.getLogger("asyncllm.server")
+
+
+class Arrived(msgspec.Struct, Generic[R]):
+    """A decoded request that names a served model."""
+
+    body: R
+    headers: dict[str, str]  # for the answer
+    arrival_s: float
+    capacity: Capacity
+
+
+class Choice(msgspec.Struct):
+    """A finished choice, put together from its deltas."""
+
+    text: str = ""
+    finish_reason: str = ""
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Take over the next delta."""
+        self.text += delta.text
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = (self.prompt_logprobs or []) + delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+    def mean_logprob(self) -> float:
+        """What best_of ranks by."""
+        entries = self.logprobs or []
+        return sum(entry.logprob for entry in entries) / len(entries) if entries else float("-inf")
+
+
+class Job(msgspec.Struct):
+    """An admitted request: it runs, and must be aborted if nobody waits for it any more."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    stream: RequestStream
+    choices: list[ChoiceInput]
+    num_choices_per_prompt: int
+    streamed: bool
+    include_usage: bool
+    continuous_usage: bool
+    headers: dict[str, str]
+    token_text: TokenText
+    decode_prompt: Callable[[list[int]], str]
+
+    def usage(self) -> Usage:
+        """Tokens so far: each prompt counts once, however many choices it has."""
+        states = self.stream.choices
+        prompts = range(0, len(states), self.num_choices_per_prompt)
+        return usage(
+            sum(len(self.choices[i].prompt_token_ids) for i in prompts),
+            sum(state.num_output_tokens for state in states),
+            sum(states[i].num_cached_tokens for i in prompts),
+        )
+
+    def prompt_text(self, choice: int) -> str:
+        """The text of a choice's prompt, for echo."""
+        return self.decode_prompt(self.choices[choice].prompt_token_ids)
+
+
+async def prepare(request: web.Request, struct: type[R]) -> Arrived[R]:
+    """Read and decode the body; refuse what the server cannot take now, and models it does not serve."""
+    serving = request.app[SERVING]
+    arrival_s = time.monotonic()
+    capacity = serving.router.accepting()
+    api = serving.config.api
+    check_content_type(request)
+    raw = await read_body(request, api.max_body_bytes, serving.config.server.body_timeout_s)
+    body, unknown = decode(raw, struct)
+    headers = {"x-ignored-params": ignored(unknown, struct, serving)} if unknown else {}
+    serving.check_model(body.model)
+    return Arrived(body, headers, arrival_s, capacity)
+
+
+def ignored(unknown: list[str], struct: type[msgspec.Struct], serving: Serving) -> str:
+    """The header that names fields nobody reads; in strict mode they are refused with the nearest known name."""
+    serving.metrics.ignored_parameters += len(unknown)
+    if serving.config.api.strict:
+        close = difflib.get_close_matches(unknown[0], struct.__struct_fields__, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise InvalidRequest(
+            f"{unknown[0][:200]!r} is not a parameter of this route{hint}",
+            param=unknown[0][:200],
+            code="unknown_parameter",
+        )
+    return ",".join(quote(name[:200], safe="._-$[]") for name in unknown)[:MAX_HEADER_CHARS]
+
+
+async def admit(
+    request: web.Request,
+    arrived: Arrived[Any],
+    *,
+    prefix: str,
+    prompts: list[list[int]],
+    num_choices: int,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    logprobs: int | None,
+    param: str,
+    prompt_logprobs: int | None = None,
+) -> Job:
+    """Check what needs the tokens, build every choice and hand them all to the router, or none.
+
+    Raises ContextLengthExceeded, InvalidRequest, Overloaded or Unavailable.
+    """
+    serving, body = request.app[SERVING], arrived.body
+    router, capacity = serving.router, arrived.capacity
+    if len(prompts) * num_choices > serving.config.api.max_choices:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts x {num_choices} choices: at most {serving.config.api.max_choices} in one request "
+            "(api.max_choices).",
+            param="n",
+        )
+    timeout_s = params.request_timeout(
+        body.timeout,
+        request.headers.get("X-Request-Timeout"),
+        serving.config.scheduler.default_timeout_s,
+        serving.config.scheduler.max_timeout_s,
+    )
+    bad_words = await router.encode_bad_words(body.bad_words) if body.bad_words else ()
+    asked = body.prompt_logprobs
+    if asked is not None:
+        prompt_logprobs = asked if prompt_logprobs is None else max(asked, prompt_logprobs)
+    choices = []
+    seeds = itertools.count()
+    for prompt_index, prompt in enumerate(prompts):
+        fitted = params.fit_max_tokens(max_tokens, default_max_tokens, len(prompt), capacity.max_context_length, param)
+        make = params.sampling_params(
+            body,
+            max_tokens=fitted,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            eos_token_ids=router.tokenizer.eos_token_ids,
+            bad_words=bad_words,
+        )
+        for _ in range(num_choices):
+            choices.append(
+                ChoiceInput(
+                    prompt_token_ids=prompt,
+                    params=make(next(seeds)),
+                    stop=params.stop_strings(body),
+                    include_stop=bool(body.include_stop_str_in_output),
+                    skip_special_tokens=body.skip_special_tokens is not False,
+                    prompt_index=prompt_index,
+                )
+            )
+    request_id = f"{prefix}-{request[REQUEST_ID]}"
+    stream = router.submit(
+        request_id,
+        choices,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+        timeout_s=timeout_s,
+        arrival_s=arrived.arrival_s,
+    )
+    options = body.stream_options
+    return Job(
+        id=stream.public_id,
+        created=int(time.time()),
+        model=body.model or serving.model_name,
+        fingerprint=serving.fingerprint,
+        stream=stream,
+        choices=choices,
+        num_choices_per_prompt=num_choices,
+        streamed=bool(body.stream),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
+        headers=arrived.headers,
+        token_text=TokenText(router.tokenizer),
+        decode_prompt=router.tokenizer.decode,
+    )
+
+
+async def respond(
+    request: web.Request, job: Job, frames: Frames, whole: Callable[[Job, list[Choice]], msgspec.Struct]
+) -> web.StreamResponse:
+    """The answer. However this ends (done, error, client gone), nothing of the request stays behind."""
+    try:
+        return await (_stream(request, job, frames) if job.streamed else _collect(job, whole))
+    finally:
+        job.stream.abort()  # nothing to do where it finished
+
+
+async def _collect(job: Job, whole: Callable[[Job, list[Choice]], msgspec.Struct]) -> web.Response:
+    choices = [Choice() for _ in job.stream.choices]
+    while deltas := await job.stream.get():
+        for delta in deltas:
+            choices[delta.index].add(delta)
+    if all(choice.finish_reason == "timeout" for choice in choices) and not job.usage().completion_tokens:
+        raise Timeout("Nothing was generated within the request's timeout.", param="timeout")
+    return json_response(whole(job, choices), headers=job.headers | {"Server-Timing": server_timing(job.stream)})
+
+
+async def _stream(request: web.Request, job: Job, frames: Frames) -> web.StreamResponse:
+    """Headers and the first chunk at once; then one write per wake-up; errors become an event."""
+    serving = request.app[SERVING]
+    response = web.StreamResponse(headers=HEADERS | job.headers | {"Server-Timing": server_timing(job.stream)})
+    await response.prepare(request)
+    with serving.streams.opened(response) as sse:
+        serving.metrics.streams_open = len(serving.streams)
+        try:
+            await sse.write(frames.opening() or b": ok\n\n")
+            while deltas := await job.stream.get():  # hot
+                running = job.usage() if job.continuous_usage else None
+                chunk = b"".join([frames.delta(delta, running) for delta in deltas])
+                if chunk:
+                    await sse.write(chunk)
+            await sse.write((frames.usage(job.usage()) if job.include_usage else b"") + DONE)
+        except AsyncLLMError as error:
+            serving.metrics.errors.add(str(error.status), error.code or "none")
+            await sse.fail(error)
+            await sse.write(DONE)
+        finally:
+            serving.metrics.streams_open = len(serving.streams) - 1
+        await response.write_eof()
+    return response
+
+
+def server_timing(stream: RequestStream) -> str:
+    """Milliseconds of queue, prefill and decode as far as they are known: the slowest choice of each.
+
+    A stream's headers leave before any of these; it reports the time to admission only.
+    """
+    timings = [timing for choice in stream.choices if (timing := choice.timings()) is not None]
+    if not timings:
+        return f"admit;dur={(time.monotonic() - stream.arrival_s) * 1000:.2f}"
+    queue, prefill, decode_s = (max(column) * 1000 for column in zip(*timings))
+    return f"queue;dur={queue:.2f}, prefill;dur={prefill:.2f}, decode;dur={decode_s:.2f}"

@@ -1,0 +1,272 @@
+"""Rules of the generation parameters that a type cannot say, and their way into `SamplingParams`.
+
+Nothing here waits or computes: a request is refused or turned into parameters before any work begins.
+"""
+
+import re
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from asyncllm.errors import ContextLengthExceeded, InvalidRequest, show
+from asyncllm.server.wire import ChatCompletionRequest, CompletionRequest, GenerationRequest, Message
+from asyncllm.types import SamplingParams
+
+MASK64 = 2**64 - 1
+MAX_MESSAGES = 4096
+LATER = "is not supported by this version of asyncllm; leave it out."
+
+
+def resolve_max_tokens(request: GenerationRequest, *, chat: bool) -> int | None:
+    """The one value of max_completion_tokens, max_tokens and max_new_tokens, or None where none is given."""
+    minimum = 1 if chat else 0
+    names = ("max_completion_tokens", "max_tokens", "max_new_tokens")
+    given = {name: value for name in names if (value := getattr(request, name)) is not None}
+    for name, value in given.items():
+        if value < minimum:
+            raise InvalidRequest(f"{name} = {value}: expected an integer >= {minimum}.", param=name)
+    if len(set(given.values())) > 1:
+        pairs = ", ".join(f"{name} = {value}" for name, value in given.items())
+        raise InvalidRequest(f"{pairs}: these are synonyms and must agree.", param=next(iter(given)))
+    return next(iter(given.values()), None)
+
+
+def check_common(request: GenerationRequest, *, chat: bool) -> None:
+    """Rules between fields, alike for chat and completions."""
+    max_tokens = resolve_max_tokens(request, chat=chat)
+    if request.min_tokens and max_tokens is not None and request.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens = {request.min_tokens}: must not exceed max_tokens = {max_tokens}.", param="min_tokens"
+        )
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("stream_options needs stream = true.", param="stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("prompt_logprobs cannot be streamed; set stream = false.", param="prompt_logprobs")
+    for name in ("structured_outputs", "response_format"):
+        value = getattr(request, name)
+        if value is None or (name == "response_format" and value == {"type": "text"}):
+            continue
+        raise InvalidRequest(f"{name} = {show(value)}: {name} {LATER}", param=name, code="unsupported_parameter")
+
+
+def check_chat(request: ChatCompletionRequest) -> None:
+    """Rules of POST /v1/chat/completions."""
+    check_common(request, chat=True)
+    for name in ("tools", "functions", "audio", "web_search_options", "prediction", "reasoning"):
+        if (value := getattr(request, name)) is not None:
+            raise InvalidRequest(f"{name} = {show(value)}: {name} {LATER}", param=name, code="unsupported_parameter")
+    if request.tool_choice not in (None, "none"):
+        raise InvalidRequest(f"tool_choice = {show(request.tool_choice)}: needs tools, which {LATER[:-1]}.",
+                             param="tool_choice", code="unsupported_parameter")  # fmt: skip
+    if request.function_call not in (None, "none"):
+        raise InvalidRequest(f"function_call {LATER}", param="function_call", code="unsupported_parameter")
+    if request.reasoning_effort not in (None, "none"):
+        value = show(request.reasoning_effort)
+        raise InvalidRequest(f"reasoning_effort = {value}: reasoning_effort {LATER}", param="reasoning_effort",
+                             code="unsupported_parameter")  # fmt: skip
+    if request.modalities not in (None, ["text"]):
+        raise InvalidRequest(f"modalities = {show(request.modalities)}: this model reads and writes text only.",
+                             param="modalities", code="unsupported_parameter")  # fmt: skip
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs = true.", param="top_logprobs")
+    if request.add_generation_prompt and request.continue_final_message:
+        raise InvalidRequest(
+            "add_generation_prompt and continue_final_message cannot both be true.", param="continue_final_message"
+        )
+    if len(request.messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"messages holds {len(request.messages)} turns: at most {MAX_MESSAGES}.", param="messages")
+
+
+def check_completion(request: CompletionRequest) -> None:
+    """Rules of POST /v1/completions."""
+    check_common(request, chat=False)
+    n, best_of = request.n or 1, request.best_of
+    if best_of is not None and best_of < n:
+        raise InvalidRequest(f"best_of = {best_of}: must be at least n = {n}.", param="best_of")
+    if best_of is not None and best_of > n and request.stream:
+        raise InvalidRequest("best_of cannot be streamed; set stream = false.", param="best_of")
+    if request.suffix:
+        raise InvalidRequest(f"suffix = {show(request.suffix)}: suffix {LATER}", param="suffix",
+                             code="unsupported_parameter")  # fmt: skip
+    if resolve_max_tokens(request, chat=False) == 0 and not request.echo:
+        raise InvalidRequest("max_tokens = 0 needs echo = true: there would be nothing to answer.", param="max_tokens")
+
+
+def chat_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as a chat template reads them: role and text, nothing else that a client could smuggle in."""
+    rendered = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if message.tool_calls is not None or message.function_call is not None or message.role in ("tool", "function"):
+            raise InvalidRequest(f"{where}: tool calls in the history: tools {LATER[3:]}", param=where,
+                                 code="unsupported_parameter")  # fmt: skip
+        if message.role not in ("system", "developer", "user", "assistant"):
+            raise InvalidRequest(
+                f"{where}.role = {show(message.role)}: expected system, developer, user or assistant.",
+                param=f"{where}.role",
+            )
+        role = "system" if message.role == "developer" else message.role
+        turn: dict[str, Any] = {"role": role, "content": _text(message.content, f"{where}.content")}
+        if message.name:
+            turn["name"] = message.name
+        rendered.append(turn)
+    return rendered
+
+
+def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
+    """The text of a message. Parts are joined by newlines, as vLLM joins them for templates that take strings."""
+    if content is None:
+        raise InvalidRequest(f"{where} is required.", param=where, code="missing_required_parameter")
+    if isinstance(content, str):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type")
+        if kind not in ("text", "input_text", "output_text", "refusal"):
+            raise InvalidRequest(
+                f"{where}[{index}].type = {show(kind)}: this model reads text only.",
+                param=f"{where}[{index}].type",
+                code="unsupported_content",
+            )
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{where}[{index}].text = {show(text)}: expected a string.",
+                                 param=f"{where}[{index}].text", code="invalid_type")  # fmt: skip
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def prompts_of(prompt: str | list[str | int | list[int]] | None, vocab_size: int) -> list[str | list[int]]:
+    """The prompts of a completion request: one string, many, one list of token ids, or many.
+
+    Raises InvalidRequest for an empty or mixed prompt and for ids outside the vocabulary.
+    """
+    if prompt is None:
+        raise InvalidRequest("prompt is required.", param="prompt", code="missing_required_parameter")
+    if isinstance(prompt, str):
+        prompts: list[str | list[int]] = [prompt]
+    elif prompt and all(type(item) is int for item in prompt):
+        prompts = [prompt]  # type: ignore[list-item]
+    elif all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) for item in prompt):
+        prompts = prompt  # type: ignore[assignment]
+    else:
+        raise InvalidRequest(
+            "prompt mixes strings, numbers and lists: expected a string, a list of strings, a list of token ids or a "
+            "list of such lists.",
+            param="prompt",
+            code="invalid_type",
+        )
+    if not prompts or not all(prompts):
+        raise InvalidRequest("prompt is empty: at least one token is needed.", param="prompt")
+    for item in prompts:
+        if isinstance(item, list) and (min(item) < 0 or max(item) >= vocab_size):
+            wrong = next(token for token in item if not 0 <= token < vocab_size)
+            raise InvalidRequest(f"prompt holds token id {show(wrong)}: expected 0 … {vocab_size - 1}.", param="prompt")
+    return prompts
+
+
+def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
+    """Token ids in `logit_bias` and `stop_token_ids` exist."""
+    for name in ("logit_bias", "stop_token_ids"):
+        for token in getattr(request, name) or ():
+            if token >= vocab_size:
+                raise InvalidRequest(
+                    f"{name} holds token id {show(token)}: the vocabulary has ids 0 … {vocab_size - 1}.", param=name
+                )
+
+
+def fit_max_tokens(asked: int | None, default: int | None, num_prompt_tokens: int, context: int, param: str) -> int:
+    """How many tokens may follow the prompt; refused, not clamped, where they do not fit.
+
+    `default` None means: what is left of the context.
+    """
+    left = context - num_prompt_tokens
+    if left < (0 if asked == 0 else 1):
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context} tokens. However, your prompt has {num_prompt_tokens} "
+            "tokens and leaves no room to answer. Please shorten it.",
+            param=param,
+        )
+    if asked is None:
+        return left if default is None else min(default, left)
+    if asked > left:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context} tokens. However, you asked for {num_prompt_tokens + asked} "
+            f"tokens ({num_prompt_tokens} in the prompt, {asked} in the answer). Please lower max_tokens to {left}.",
+            param="max_tokens",
+        )
+    return asked
+
+
+def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
+    """The stop strings as a tuple, without repeats."""
+    stop = request.stop
+    if stop is None:
+        return ()
+    return (stop,) if isinstance(stop, str) else tuple(dict.fromkeys(stop))
+
+
+def sampling_params(
+    request: GenerationRequest,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    eos_token_ids: tuple[int, ...],
+    bad_words: tuple[tuple[int, ...], ...],
+) -> Callable[[int], SamplingParams]:
+    """A maker of parameters for the i-th choice: equal but for the seed, which is seed + i."""
+    min_tokens = request.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens = {min_tokens}: only {max_tokens} tokens may be generated here.", param="min_tokens"
+        )
+    stop_token_ids = tuple(
+        dict.fromkeys([*(request.stop_token_ids or ()), *(() if request.ignore_eos else eos_token_ids)])
+    )
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    top_k = request.top_k or 0
+    fields: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "temperature": _or(request.temperature, 1.0),
+        "top_p": _or(request.top_p, 1.0),
+        "top_k": max(top_k, 0),
+        "min_p": request.min_p or 0.0,
+        "presence_penalty": request.presence_penalty or 0.0,
+        "frequency_penalty": request.frequency_penalty or 0.0,
+        "repetition_penalty": _or(request.repetition_penalty, 1.0),
+        "logit_bias": tuple((request.logit_bias or {}).items()),
+        "stop_token_ids": stop_token_ids,
+        "bad_words": bad_words,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+    }
+    return lambda index: SamplingParams(**fields, seed=_int64(seed + index))
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _int64(value: int) -> int:
+    """Wrap like a 64-bit signed integer, so that seed + i never leaves the type."""
+    value &= MASK64
+    return value - 2**64 if value >= 2**63 else value
+
+
+def request_timeout(body: float | None, header: str | None, default_s: float, max_s: float) -> float | None:
+    """Seconds this request may take: the body's word, else the header's, else the server's; None = no limit.
+
+    Raises InvalidRequest where it is no positive number or over the server's maximum.
+    """
+    asked = body
+    if asked is None and header is not None:
+        if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", header.strip()) or float(header) <= 0:
+            raise InvalidRequest(f"X-Request-Timeout = {show(header)}: expected seconds, above 0.", param="timeout")
+        asked = float(header)
+    if asked is None:
+        return default_s or max_s or None
+    if max_s and asked > max_s:
+        raise InvalidRequest(f"timeout = {asked:g}: at most {max_s:g} s (scheduler.max_timeout_s).", param="timeout")
+    return asked

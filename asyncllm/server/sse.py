@@ -1,0 +1,124 @@
+"""Server-Sent Events: the frames of a stream, with their constant parts encoded once per request, and their socket.
+
+A frame is `prefix + json(text) + suffix`; nothing else is encoded per token. One write per stream and wake-up, however
+many frames the wake-up brought.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from asyncllm.errors import AsyncLLMError
+from asyncllm.router.stream import Delta
+from asyncllm.server.responses import Usage, encode_json, error_body
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class Frames(Protocol):
+    """Turns what happened to a choice into frames of one API."""
+
+    def opening(self) -> bytes:
+        """What can be said before anything was generated."""
+        ...
+
+    def delta(self, delta: Delta, usage: Usage | None) -> bytes:
+        """The frames of one delta; none where nothing can be shown yet."""
+        ...
+
+    def usage(self, usage: Usage) -> bytes:
+        """The chunk without choices that carries the usage."""
+        ...
+
+
+class ChunkTemplate:
+    """The constant parts of a stream's chunks: `{head}INDEX,{…}` and what closes them."""
+
+    __slots__ = ("_head", "_usage_null", "with_usage")
+
+    def __init__(self, head: dict[str, Any], with_usage: bool) -> None:
+        self._head = b"data: " + encode_json(head)[:-1] + b',"choices":['
+        self.with_usage = with_usage
+        self._usage_null = b',"usage":null' if with_usage else b""
+
+    def choice(self, index: int, field: bytes) -> bytes:
+        """The start of a chunk about one choice, up to the value of `field`."""
+        return self._head + b'{"index":%d,"%b":' % (index, field)
+
+    def close(self, logprobs: bytes = b"null", finish: bytes = b"null", usage: Usage | None = None) -> bytes:
+        """The end of such a chunk."""
+        tail = self._usage_null if usage is None else b',"usage":' + encode_json(usage)
+        return b',"logprobs":%b,"finish_reason":%b}]%b}\n\n' % (logprobs, finish, tail)
+
+    def finish(self, delta: Delta) -> bytes:
+        """The value of finish_reason, and vLLM's stop_reason behind it."""
+        return encode_json(delta.finish_reason) + b',"stop_reason":' + encode_json(delta.stop_reason)
+
+    def usage_only(self, usage: Usage) -> bytes:
+        """The chunk with no choices."""
+        return self._head + b'],"usage":' + encode_json(usage) + b"}\n\n"
+
+
+class SseStream:
+    """One open event stream. The keep-alive task writes between frames when `silent_since_s` is too long ago."""
+
+    __slots__ = ("_response", "silent_since_s")
+
+    def __init__(self, response: web.StreamResponse) -> None:
+        self._response = response
+        self.silent_since_s = time.monotonic()
+
+    async def write(self, frames: bytes) -> None:  # hot
+        """Send whole frames. Raises ConnectionResetError when the client is gone."""
+        self.silent_since_s = time.monotonic()
+        await self._response.write(frames)
+
+    async def keep_alive(self) -> None:
+        """A comment, which every SSE reader skips."""
+        with contextlib.suppress(ConnectionResetError, RuntimeError):  # the handler's own write will see it
+            await self.write(KEEP_ALIVE)
+
+    async def fail(self, error: AsyncLLMError) -> None:
+        """An error after the status line."""
+        await self.write(b"data: " + encode_json(error_body(error)) + b"\n\n")
+
+
+class OpenStreams:
+    """All streams of this process, and the task that keeps proxies from cutting silent ones."""
+
+    def __init__(self, keep_alive_s: float) -> None:
+        self._keep_alive_s = keep_alive_s
+        self._streams: set[SseStream] = set()
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    @contextlib.contextmanager
+    def opened(self, response: web.StreamResponse) -> Iterator[SseStream]:
+        """The response as a stream, known to the keep-alive task while the block runs."""
+        stream = SseStream(response)
+        self._streams.add(stream)
+        try:
+            yield stream
+        finally:
+            self._streams.discard(stream)
+
+    async def keep_alive_forever(self) -> None:
+        """Look at all streams a few times per interval; one timer for the process instead of one per wait."""
+        if not self._keep_alive_s:
+            return
+        while True:
+            await asyncio.sleep(self._keep_alive_s / 4)
+            overdue = time.monotonic() - self._keep_alive_s
+            for stream in [stream for stream in self._streams if stream.silent_since_s <= overdue]:
+                await stream.keep_alive()

@@ -1,0 +1,166 @@
+"""What crosses the two rings: frozen messages to the engine, one columnar output per step back.
+
+Plain data, no behaviour beyond arithmetic; no torch, no asyncio. Times are `time.monotonic()` seconds.
+"""
+
+from enum import Enum
+
+import msgspec
+
+
+class FinishReason(Enum):
+    """Why a sequence ended; the values are the words of the wire."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TIMEOUT = "timeout"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens; validated by the server, so the engine may trust every field."""
+
+    max_tokens: int  # >= 1, already fits the context behind the prompt (0: score the prompt, generate nothing)
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0  # 1 = off
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0  # 0 = off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0  # int64; drawn by the server where the client gave none
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # eos included unless ignore_eos
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    logprobs: int | None = None  # alternatives per generated token; 0 = the sampled token alone; None = none
+    prompt_logprobs: int | None = None  # the same for every prompt token but the first
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether token counts are needed to sample."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+class Submit(msgspec.Struct, frozen=True):
+    """loop -> engine: generate behind this prompt."""
+
+    request_id: int  # unique for the life of the process, > 0
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_s: float
+    priority: int = 0  # lower runs first
+    cache_salt: str = ""
+    after: int = 0  # a sibling's request_id: wait until it has computed the shared prompt; 0 = none
+
+
+class Abort(msgspec.Struct, frozen=True):
+    """loop -> engine: free this request; harmless if it already ended."""
+
+    request_id: int
+    sent_s: float = 0.0
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities of one position under the raw model (before temperature and penalties)."""
+
+    token_id: int  # the token that stands there
+    logprob: float
+    rank: int  # 1 = most probable
+    top_token_ids: list[int]  # most probable first
+    top_logprobs: list[float]
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The last word about a request, once."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None  # the last token of token_ids, where that token is what stopped it
+    error: str | None = None  # for ERROR: a sentence for the client
+
+
+class Started(msgspec.Struct, frozen=True):
+    """A request left the queue for the first time."""
+
+    num_cached_tokens: int  # prompt tokens found in the prefix cache
+    scheduled_s: float
+
+
+class StepStats(msgspec.Struct):
+    """What one step cost and how full the engine was after it. Counters of the engine's life are cumulative."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_used_blocks: int = 0  # held by sequences
+    num_cached_blocks: int = 0  # free, but findable by their prefix
+    num_blocks: int = 0
+    num_scheduled_tokens: int = 0  # query tokens of this step
+    num_decode_rows: int = 0
+    schedule_s: float = 0.0
+    launch_s: float = 0.0
+    wait_s: float = 0.0
+    commit_s: float = 0.0
+    num_steps: int = 0  # cumulative from here on
+    num_graph_steps: int = 0
+    num_preemptions: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    num_output_stalls: int = 0  # times the outputs ring was full
+    max_wake_s: float = 0.0  # slowest push -> engine pick-up since start
+    max_abort_s: float = 0.0  # slowest abort sent -> blocks freed since start
+
+
+class StepOutput(msgspec.Struct):
+    """engine -> loop, one per step. Columns are parallel; the rest is sparse and None when nobody needs it."""
+
+    request_ids: list[int]
+    token_ids: list[int]
+    finished: dict[int, Finished]
+    logprobs: dict[int, TokenLogprobs] | None = None  # of the token in this step's columns
+    prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None  # next positions of the prompt, in order
+    started: dict[int, Started] | None = None
+    stats: StepStats | None = None
+    committed_s: float = 0.0
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """What an executor can hold, fixed after load."""
+
+    num_blocks: int  # block 0 is the null block and never handed out
+    block_size: int  # tokens
+    max_sequences: int
+    max_context_length: int  # tokens of prompt plus output
+    vocab_size: int
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens the KV cache holds when full."""
+        return (self.num_blocks - 1) * self.block_size
+
+
+class StartupPhase(msgspec.Struct, frozen=True):
+    """engine -> loop: a phase of start-up began (`seconds` None) or ended."""
+
+    name: str
+    seconds: float | None = None
+
+
+class EngineReady(msgspec.Struct, frozen=True):
+    """engine -> loop: weights are loaded, the KV cache is allocated, the first step may run."""
+
+    capacity: Capacity
+    facts: dict[str, str]  # device, dtype, kv_memory and the like, for /health and the log
+
+
+class EngineDead(msgspec.Struct, frozen=True):
+    """engine -> loop: the thread ended by an error; nothing else will come."""
+
+    message: str  # for clients: one sentence, no paths
+    during_startup: bool = False
+    detail: str = ""  # for the log: the traceback
+
+
+EngineOutput = StepOutput | StartupPhase | EngineReady | EngineDead
+EngineCommand = Submit | Abort

@@ -1,0 +1,208 @@
+"""`FakeExecutor`: an honest device without tensors. It never trusts the plan, it checks it.
+
+The fake KV cache stores, per (block, offset), a hash of everything up to and including that token, as real keys and
+values depend on the whole prefix. Before a row "attends", every position it reads must hold the hash that the row's own
+tokens have there: a wrong block, a stale one, a bad share, a skipped or doubled chunk all fail at once.
+"""
+
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from asyncllm.executor.base import StepPlan, StepResult
+from asyncllm.types import Capacity, SamplingParams, TokenLogprobs
+
+NextToken = Callable[[Sequence[int]], int]
+
+
+def small_capacity(**overrides: int) -> Capacity:
+    """A tiny machine; any field can be named."""
+    fields = dict(num_blocks=17, block_size=4, max_sequences=4, max_context_length=64, vocab_size=97)
+    return Capacity(**{**fields, **overrides})
+
+
+def greedy(max_tokens: int = 8, **fields) -> SamplingParams:
+    """Parameters of a greedy request."""
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, **fields)
+
+
+def prefix_hash(previous: int, token_id: int) -> int:
+    """What the fake device stores for a token behind a prefix."""
+    return zlib.crc32(token_id.to_bytes(4, "little"), previous)
+
+
+def hash_of(tokens: Sequence[int]) -> int:
+    """What it stores for the last of `tokens`."""
+    value = 0
+    for token_id in tokens:
+        value = prefix_hash(value, token_id)
+    return value
+
+
+def pseudo_random_token(vocab_size: int) -> NextToken:
+    """A next token that depends on every token before it, and on nothing else."""
+    return lambda tokens: hash_of(tokens) % vocab_size
+
+
+def choose(next_token: NextToken, tokens: Sequence[int], banned: Sequence[int], vocab_size: int) -> int:
+    """The fake's sampling rule: the first token from `next_token` upwards that is not banned."""
+    token_id = next_token(tokens)
+    while token_id in banned:
+        token_id = (token_id + 1) % vocab_size
+    return token_id
+
+
+def fake_logprobs(prefix: Sequence[int], token_id: int, num_alternatives: int) -> TokenLogprobs:
+    """Log-probabilities that name the position they were computed at."""
+    value = -float(hash_of(prefix) % 1000) / 100
+    return TokenLogprobs(token_id, value, 1, list(range(num_alternatives)), [value] * num_alternatives)
+
+
+class FakeHandle:
+    """A step in flight; the host learns its tokens in `wait`."""
+
+    def __init__(self, executor: "FakeExecutor", number: int, result: StepResult) -> None:
+        self._executor = executor
+        self._number = number
+        self._result = result
+
+    def wait(self) -> StepResult:
+        executor = self._executor
+        if executor.gate is not None:
+            executor.gate.acquire()
+        assert executor.in_flight.popleft() is self, "steps must be waited for in the order of their launch"
+        if executor.fail_wait_at == self._number:
+            executor.failed = True
+            raise RuntimeError("the device fell off the bus")
+        return self._result
+
+
+class FakeExecutor:
+    """Deterministic tokens, real bookkeeping.
+
+    `gate`: a semaphore that each `wait` acquires, so that a test can hold a step; `launched` is released by each
+    launch. `fail_launch_at`, `fail_wait_at`: number of the step (from 1) that raises.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        depth: int = 1,
+        next_token: NextToken | None = None,
+        *,
+        fail_launch_at: int = 0,
+        fail_wait_at: int = 0,
+        gate: threading.Semaphore | None = None,
+    ) -> None:
+        self.capacity = capacity
+        self.depth = depth
+        self.facts = {"device": "fake"}
+        self.next_token = next_token or pseudo_random_token(capacity.vocab_size)
+        self.fail_launch_at = fail_launch_at
+        self.fail_wait_at = fail_wait_at
+        self.gate = gate
+        self.launched = threading.Semaphore(0)
+        self.closed = False
+        self.failed = False
+        self.num_steps = 0
+        self.in_flight: deque[FakeHandle] = deque()
+        self.plans: list[StepPlan] = []
+        self.slot_entries: list[tuple[int, int]] = []  # number of the step, tokens the sequence had then
+        # The device's memory.
+        self.kv: dict[tuple[int, int], int] = {}  # (block id, offset) -> prefix hash
+        self.slot_tokens: list[list[int]] = [[] for _ in range(capacity.max_sequences)]
+        self.block_tables: list[dict[int, int]] = [{} for _ in range(capacity.max_sequences)]
+
+    def launch(self, plan: StepPlan) -> FakeHandle:
+        assert not self.closed and len(self.in_flight) < self.depth, "more steps in flight than the executor allows"
+        self.num_steps += 1
+        if self.fail_launch_at == self.num_steps:
+            self.failed = True
+            raise RuntimeError("the kernel did not launch")
+        self.plans.append(plan)
+        self._check_shape(plan)
+        for new in plan.new_slots:
+            self.slot_tokens[new.slot] = list(new.token_ids)
+            self.block_tables[new.slot] = {}
+            self.slot_entries.append((self.num_steps, len(new.token_ids)))
+        for slot, column, block_id in plan.block_writes:
+            assert 0 < block_id < self.capacity.num_blocks
+            assert column not in self.block_tables[slot], "a block table entry was written twice"
+            self.block_tables[slot][column] = block_id
+        self._store(plan)
+        handle = FakeHandle(self, self.num_steps, self._sample(plan))
+        self.in_flight.append(handle)
+        self.launched.release()
+        return handle
+
+    def close(self) -> None:
+        assert self.failed or not self.in_flight, "closed with steps in flight"
+        self.closed = True
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        num_rows = len(plan.slots)
+        assert num_rows == len(plan.num_query_tokens) == len(plan.num_computed_tokens) == len(plan.samples) > 0
+        assert len(set(plan.slots)) == num_rows, "one row per slot"
+        assert len({new.slot for new in plan.new_slots}) == len(plan.new_slots)
+        assert plan.num_query_tokens[: plan.num_decode_rows] == [1] * plan.num_decode_rows
+        assert all(plan.samples[: plan.num_decode_rows])
+        assert len(plan.token_ids) == sum(plan.num_query_tokens[plan.num_decode_rows :])
+
+    def _query_tokens(self, plan: StepPlan) -> list[list[int]]:
+        """[S] lists of input tokens, decode rows read from their slots."""
+        queries, offset = [], 0
+        for row, (slot, count) in enumerate(zip(plan.slots, plan.num_query_tokens)):
+            if row < plan.num_decode_rows:
+                assert len(self.slot_tokens[slot]) == plan.num_computed_tokens[row] + 1, "not the token sampled last"
+                queries.append(self.slot_tokens[slot][-1:])
+            else:
+                queries.append(plan.token_ids[offset : offset + count])
+                offset += count
+        return queries
+
+    def _address(self, slot: int, position: int) -> tuple[int, int]:
+        return self.block_tables[slot][position // self.capacity.block_size], position % self.capacity.block_size
+
+    def _store(self, plan: StepPlan) -> None:
+        """Write this step's KV, behind a prefix that must be there; then every row must find its own whole prefix."""
+        written: set[tuple[int, int]] = set()
+        for row, query in enumerate(self._query_tokens(plan)):
+            slot, start = plan.slots[row], plan.num_computed_tokens[row]
+            assert query == self.slot_tokens[slot][start : start + len(query)], "input tokens are not the sequence's"
+            value = self.kv[self._address(slot, start - 1)] if start else 0
+            for position, token_id in enumerate(query, start):
+                value = prefix_hash(value, token_id)
+                address = self._address(slot, position)
+                assert address not in written, "two rows write the same place"
+                written.add(address)
+                self.kv[address] = value
+        for slot, start, count in zip(plan.slots, plan.num_computed_tokens, plan.num_query_tokens):
+            expected = 0
+            for position in range(start + count):
+                expected = prefix_hash(expected, self.slot_tokens[slot][position])
+                assert self.kv.get(self._address(slot, position)) == expected, f"wrong KV: {slot=} {position=}"
+
+    def _sample(self, plan: StepPlan) -> StepResult:
+        result = StepResult([], None, None)
+        for row, slot in enumerate(plan.slots):
+            tokens, start = self.slot_tokens[slot], plan.num_computed_tokens[row]
+            end = start + plan.num_query_tokens[row]
+            if row in plan.prompt_logprob_rows:
+                num_alternatives, targets = plan.prompt_logprob_rows[row]
+                result.prompt_logprobs = result.prompt_logprobs or {}
+                result.prompt_logprobs[row] = [
+                    fake_logprobs(tokens[: start + 1 + i], target, num_alternatives) for i, target in enumerate(targets)
+                ]
+                assert 0 < len(targets) <= plan.num_query_tokens[row]
+            if not plan.samples[row]:
+                result.token_ids.append(-1)
+                continue
+            assert end == len(tokens), "only a row that reaches the end of its tokens may sample"
+            token_id = choose(self.next_token, tokens, plan.banned.get(row, ()), self.capacity.vocab_size)
+            if row in plan.logprob_rows:
+                result.logprobs = result.logprobs or {}
+                result.logprobs[row] = fake_logprobs(tokens, token_id, plan.logprob_rows[row])
+            result.token_ids.append(token_id)
+            tokens.append(token_id)
+        return result

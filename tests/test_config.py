@@ -1,0 +1,118 @@
+"""The configuration file: what is accepted, what is refused, and with which words."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from asyncllm import config
+from asyncllm.config import Config, load
+from asyncllm.errors import ConfigError
+
+DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "config.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_default_file_loads_back_to_the_defaults(write) -> None:
+    assert load(write(config.default_toml()), {}) == Config()
+
+
+def test_no_file_means_the_defaults() -> None:
+    assert load(None, {}) == Config()
+
+
+def test_the_shipped_configuration_is_valid() -> None:
+    assert load(Path(__file__).parent.parent / "deploy" / "config.toml", {}).server.port == 8000
+
+
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_key(write) -> None:
+    with pytest.raises(ConfigError, match=r":3: unknown key server\.prot; did you mean 'port'\?"):
+        load(write("[server]\nhost = '::1'\nprot = 1\n"), {})
+
+
+def test_an_unknown_table_is_named_with_its_line_and_the_nearest_known_table(write) -> None:
+    with pytest.raises(ConfigError, match=r":1: unknown table \[sever\]; did you mean 'server'\?"):
+        load(write("[sever]\nport = 1\n"), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[server]\nport = 99999", r":2: server\.port = 99999: .*<= 65535"),
+        ("[server]\nport = '80'", r":2: server\.port = 80: .*int.*str"),
+        ("[server]\nport = true", r":2: server\.port = True: .*int.*bool"),
+        ("[model]\ndtype = 'int8'", r":2: model\.dtype = int8: Invalid enum value"),
+        ("[model]\ndevice = 'tpu'", r"model\.device = tpu: expected auto, cpu, cuda or cuda:N"),
+        ("[cache]\nmemory_gib = -1", r":2: cache\.memory_gib = -1: .*>= 0"),
+        ("[scheduler]\nmax_batched_tokens = 16", r"max_batched_tokens = 16 is below scheduler\.max_sequences = 256"),
+        ("server = 5", r":1: server is a table: write \[server\]"),
+        ("[server", r"not valid TOML"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key_and_the_rule(write, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write(text), {})
+
+
+def test_a_missing_file_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the configuration: No such file"):
+        load(tmp_path / "none.toml", {})
+
+
+def test_a_file_that_is_no_text_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load(path, {})
+
+
+def test_the_environment_overrides_every_kind_of_key(write) -> None:
+    loaded = load(
+        write("[server]\nport = 1\n"),
+        {
+            "ASYNCLLM_SERVER__PORT": "9000",
+            "ASYNCLLM_API__STRICT": "yes",
+            "ASYNCLLM_API__CORS_ORIGINS": "https://a.example, https://b.example",
+            "ASYNCLLM_CACHE__MEMORY_GIB": "0.5",
+            "ASYNCLLM_MODEL__PATH": "m.gguf",
+            "PATH": "untouched",
+        },
+    )
+    assert loaded.server.port == 9000
+    assert loaded.api.strict is True
+    assert loaded.api.cors_origins == ("https://a.example", "https://b.example")
+    assert loaded.cache.memory_gib == 0.5
+    assert loaded.model.path == "m.gguf"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ASYNCLLM_SERVER__PORT", "many", r"ASYNCLLM_SERVER__PORT=many: Expected `int`"),
+        ("ASYNCLLM_SERVER__PRT", "1", r"unknown key server\.prt; did you mean 'port'\?"),
+        ("ASYNCLLM_SEVER__PORT", "1", r"unknown table 'sever'; did you mean 'server'\?"),
+        ("ASYNCLLM_API__STRICT", "perhaps", r"ASYNCLLM_API__STRICT=perhaps: Expected `bool`"),
+    ],
+)
+def test_a_wrong_environment_variable_is_named(variable: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, {variable: value})
+
+
+def test_every_key_has_a_comment_which_is_its_documentation() -> None:
+    for table in msgspec.structs.fields(Config):
+        names = {field.name for field in msgspec.structs.fields(table.type)}
+        assert names == set(config.field_comments(table.type)), table.name
+
+
+def test_the_documented_keys_are_the_keys_of_the_code() -> None:
+    assert DOCS.read_text() == config.markdown(), "run make docs"
