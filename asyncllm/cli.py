@@ -10,6 +10,7 @@ import sys
 import time
 
 import msgspec
+import uvloop
 
 from asyncllm import __version__
 from asyncllm.config import Config, LoggingConfig, default_toml, load
@@ -49,13 +50,7 @@ def run(config: Config) -> int:
     """Serve until told to stop."""
     from asyncllm.server.lifecycle import serve  # after --check and friends: this imports the server
 
-    try:
-        import uvloop
-
-        new_event_loop = uvloop.new_event_loop
-    except ImportError:  # no wheel for this platform: asyncio's own loop serves as well, slower
-        new_event_loop = asyncio.new_event_loop
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(config))
 
 

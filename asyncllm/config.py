@@ -10,6 +10,7 @@ import os
 import re
 import tomllib
 import typing
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,8 @@ ENV_PREFIX = "ASYNCLLM_"
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+MetricName = Annotated[str, Meta(pattern="^[a-zA-Z_][a-zA-Z0-9_]*$")]
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,9 +53,7 @@ class ModelConfig(Table, frozen=True):
     served_name: str = ""  # name clients use; empty = the last part of the path
     aliases: tuple[str, ...] = ()  # further names clients may use
     revision: str = ""  # branch, tag or commit of a hub name; empty = main
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: the checkpoint's; bfloat16 for quantized files
-    )
+    dtype: DType = "auto"  # auto = the checkpoint's, bfloat16 for quantized files; float32 where a CPU lacks bfloat16
     device: str = "auto"  # cpu, cuda, cuda:1; auto = cuda where there is one
     max_context_length: NonNegative = 0  # tokens of prompt plus output; 0 = the model's own
 
@@ -109,9 +110,7 @@ class LoggingConfig(Table, frozen=True):
 class MetricsConfig(Table, frozen=True):
     """The Prometheus endpoint."""
 
-    prefix: Annotated[str, Meta(pattern="^[a-zA-Z_][a-zA-Z0-9_]*$")] = (
-        "asyncllm"  # name prefix; "vllm" gives vLLM's names
-    )
+    prefix: MetricName = "asyncllm"  # prefix of the names; "vllm" gives vLLM's names
     enabled: bool = True  # serve /metrics
 
 
@@ -149,7 +148,7 @@ def load(path: str | Path | None, environ: typing.Mapping[str, str] | None = Non
         raise ConfigError(f"{where}: not valid TOML: {error}") from None
     _check_names(data, text, where)
     for table, values in data.items():
-        _convert(Config.__annotations__[table], values, lambda key, t=table: f"{where}{_line_of(text, t, key)}", table)
+        _convert(Config.__annotations__[table], values, partial(_place, where, text, table), table)
     _apply_environment(data, environ)
     config = _convert(Config, data, lambda key: where, "")
     _check_sense(config)
@@ -169,6 +168,10 @@ def _check_names(data: dict[str, Any], text: str, where: str) -> None:
                 raise ConfigError(
                     f"{where}{_line_of(text, table, key)}: unknown key {table}.{key}{_nearest(key, known)}"
                 )
+
+
+def _place(where: str, text: str, table: str, key: str) -> str:
+    return f"{where}{_line_of(text, table, key)}"
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:

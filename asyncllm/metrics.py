@@ -1,12 +1,13 @@
 """What the process counts about itself, as plain numbers, and their Prometheus form.
 
-Everything here is owned by the loop thread: the engine's counters arrive inside `StepStats`, so no lock is needed and an
-observation is a bisection. `Metrics.render` turns the numbers into text when somebody scrapes, not before.
+Everything here is owned by the loop thread: the engine's counters arrive inside `StepStats`, so no lock is needed and
+an observation is a bisection. `Metrics.render` turns the numbers into text when somebody scrapes, not before.
 """
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -180,7 +181,7 @@ class Metrics:
         self.ring_depth["requests"] = requests
         self.ring_depth["outputs"] = outputs
 
-    # --- the way out ---------------------------------------------------------------------------------------------------
+    # --- the way out ------------------------------------------------------------------------------------------------
 
     @property
     def kv_usage(self) -> float:
@@ -283,7 +284,7 @@ class _Exporter(Collector):
         kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
         name: str,
         help_text: str,
-        values: dict[tuple[str, ...], float] | dict[tuple[str, ...], int] | dict[tuple[()], float],
+        values: Mapping[Any, float],  # by the tuple of its label values
         labels: tuple[str, ...],
     ) -> Metric:
         family = kind(f"{self._metrics.prefix}:{name}", help_text, labels=("model_name", *labels))

@@ -13,9 +13,9 @@ T = TypeVar("T")
 class SpscRing(Generic[T]):
     """Bounded queue for one producer thread and one consumer thread, without a lock.
 
-    The producer stores the item, then advances `_tail`; the consumer reads `_tail`, then the item, clears the cell, then
-    advances `_head`. Each index has one writer and only grows, so a stale read errs on the safe side: the producer may
-    see a full ring that just got room, the consumer an empty one that just got an item.
+    The producer stores the item, then advances `_tail`; the consumer reads `_tail`, then the item, clears the cell,
+    then advances `_head`. Each index has one writer and only grows, so a stale read errs on the safe side: the
+    producer may see a full ring that just got room, the consumer an empty one that just got an item.
     """
 
     __slots__ = ("_cells", "_head", "_mask", "_tail")

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = "model.safetensors"
 
@@ -45,7 +46,8 @@ def safetensors_directory(model: Path) -> Path:
     directory = default_directory(model)
     if not (directory / WEIGHTS).exists():
         print(f"unpacking {model.name} once into {directory}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "perf.checkpoint", str(model), str(directory)], check=True)
+        command = [sys.executable, "-m", "perf.checkpoint", str(model), str(directory)]
+        subprocess.run(command, check=True, env={**os.environ, "TQDM_DISABLE": "1"})
     return directory
 
 
@@ -55,7 +57,7 @@ def unpack(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     # transformers refuses to save a model that came from a GGUF file, unpacked though it is: save an equal one.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config

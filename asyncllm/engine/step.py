@@ -135,8 +135,11 @@ def _banned_token_ids(sequence: Sequence, position: int) -> list[int]:
     if position - sequence.num_prompt_tokens < params.min_tokens:
         banned += params.stop_token_ids
     for word in params.bad_words:
-        num_before = len(word) - 1
-        # Longer words are only planned once every token before `position` is known (needs_last_token).
-        if num_before == 0 or tuple(sequence.tokens[max(0, position - num_before) : position]) == word[:-1]:
+        start = position - len(word) + 1
+        # Words are looked for in the output only, as in vLLM. Those of several tokens are planned only once every token
+        # before `position` is known (needs_last_token).
+        if len(word) == 1 or (
+            start >= sequence.num_prompt_tokens and tuple(sequence.tokens[start:position]) == word[:-1]
+        ):
             banned.append(word[-1])
     return banned

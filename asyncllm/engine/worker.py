@@ -223,10 +223,11 @@ class Worker:
         self._notify()
 
     def _publish_death(self, error: BaseException) -> None:
-        message = f"the engine stopped: {type(error).__name__}"
         if isinstance(error, AsyncLLMError) and not self._ready:
-            message = error.message
-        detail = "".join(traceback.format_exception(error))
+            message, detail = error.message, ""  # a user's mistake, such as too little memory: its message says it all
+        else:
+            message = f"the engine stopped: {type(error).__name__}"
+            detail = "".join(traceback.format_exception(error))
         # A loop that is closed already cannot be woken, and has nobody left to tell.
         with suppress(RuntimeError):
             self._publish(EngineDead(message, during_startup=not self._ready, detail=detail))

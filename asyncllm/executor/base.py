@@ -23,8 +23,8 @@ class SlotInit(msgspec.Struct):
 class StepPlan(msgspec.Struct):
     """One forward pass over rows of one or more query tokens each. Decode rows come first.
 
-    A decode row has exactly one query token: the one its slot sampled last, which may not have reached the host yet. All
-    other rows carry their tokens in `token_ids`.
+    A decode row has exactly one query token: the one its slot sampled last, which may not have reached the host yet.
+    All other rows carry their tokens in `token_ids`.
     """
 
     slots: list[int]  # [S]

@@ -10,8 +10,8 @@
     top_p:  of those, renormalised, keep the fewest largest whose probabilities reach top_p, at least one
     draw:   argmax of z + Gumbel noise of (seed, position, token)            (see noise.py)
 
-Wherever a cut falls between equal logits, lower ids stay. Half-precision models make equal logits an everyday thing, so
-this is what keeps a row's draw the same whatever batch it is in. Engine thread only.
+Wherever a cut falls between equal logits, lower ids stay, so that a row draws the same whatever batch it is in. Engine
+thread only.
 """
 
 import math
@@ -21,14 +21,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from asyncllm.executor.narrowing import Cut, Limits, cut_nucleus, cut_sorted
 from asyncllm.executor.noise import CounterNoise, row_keys
-from asyncllm.executor.sampling_rows import DrawGroup, Limits, PenaltyGroup, SamplingRows
+from asyncllm.executor.sampling_rows import DrawGroup, PenaltyGroup, SamplingRows
 from asyncllm.executor.slots import SlotState
 from asyncllm.executor.topk import argmax, topk
 
-# Candidates looked at for top_k and top_p, narrow to wide: sorting a whole vocabulary costs a CPU 8 ms a row, the best
-# 64 of it 50 µs, and nearly every draw is settled there.
-_WIDTHS = (64, 1024, 8192)
+# Candidates looked at first: the best 64 of 49152 cost a CPU 50 µs a row, sorting all 8 ms, and most draws end there.
+_MIN_CANDIDATES = 64
 # Up to this many, candidates are gathered and put in id order; above, a mask over the vocabulary costs less.
 _MAX_GATHERED = 1024
 
@@ -41,8 +41,6 @@ class Sampler:
         self._device = device
         self._noise = CounterNoise(vocab_size, device)
         self._vocab_size = vocab_size
-        # A device that runs ahead of the host must not be asked whether 64 were enough: there the sort is cheap.
-        self._widths = (*_WIDTHS, vocab_size) if device.type == "cpu" else (vocab_size,)
 
     def sample(
         self, logits: Tensor, rows: SamplingRows, positions: npt.NDArray[np.int64], banned: dict[int, list[int]]
@@ -103,57 +101,36 @@ class Sampler:
             z.masked_fill_(z < z.amax(-1, keepdim=True) + group.log_min_p, -math.inf)
         if group.limits is None:
             return argmax(self._noise.race(z, keys))
-        first = next(
-            i for i, width in enumerate(self._widths) if width >= min(group.limits.min_width, self._vocab_size)
-        )
-        return self._draw_narrowed(z, group.limits, keys, self._widths[first:])
+        return self._draw_narrowed(z, group.limits, keys)
 
-    def _draw_narrowed(self, z: Tensor, limits: Limits, keys: Tensor, widths: tuple[int, ...]) -> Tensor:
-        """Draw within top_k and top_p [r], looking at the widths[0] largest of z [r, V]; rows that need more go on."""
-        width = min(widths[0], self._vocab_size)
+    def _draw_narrowed(self, z: Tensor, limits: Limits, keys: Tensor) -> Tensor:
+        """Token ids [r] drawn within top_k and top_p from z [r, V]."""
+        width = self._width(limits)
         values, ids = topk(z, width)  # [r, width]
-        threshold, num_equal = _cut(z, values, limits)
-        if width <= _MAX_GATHERED:
-            ids, order = ids.sort(-1)
-            candidates = values.gather(1, order)
-            scores = _keep(self._noise.race_among(candidates, ids, keys), candidates, threshold, num_equal)
-            token_ids = ids.gather(1, argmax(scores).unsqueeze(1)).squeeze(1)
-        else:
-            token_ids = argmax(_keep(self._noise.race(z.clone(), keys), z, threshold, num_equal))
-        if width == self._vocab_size:
-            return token_ids
-        # Settled once the narrowest candidate is below the cut: then every token equal to the cut was seen too.
-        unsettled = (values[:, -1:] >= threshold).squeeze(1)
+        cut = cut_sorted(z, values, limits)
+        if width > _MAX_GATHERED or width == self._vocab_size:
+            # Every candidate was sorted, or a top_k so large that few others equal its last: the cut stands.
+            return self._draw_above(z, cut, keys)
+        ids, order = ids.sort(-1)
+        candidates = values.gather(1, order)
+        winners = argmax(cut.drop(self._noise.race_among(candidates, ids, keys), candidates))
+        token_ids = ids.gather(1, winners.unsqueeze(1)).squeeze(1)
+        # Settled when the last candidate is below the cut: then no token at or above it was missed.
+        unsettled = (values[:, -1:] >= cut.threshold).squeeze(1)
         if bool(unsettled.any()):
-            rest = unsettled.nonzero().squeeze(1)
-            token_ids[rest] = self._draw_narrowed(z[rest], limits.select(rest), keys[rest], widths[1:])
+            rows = unsettled.nonzero().squeeze(1)
+            z, cut, keys = z[rows], cut.select(rows), keys[rows]
+            if limits.top_k is None and limits.top_p is not None:
+                cut = cut_nucleus(z, limits.top_p[rows])
+            token_ids[rows] = self._draw_above(z, cut, keys)
         return token_ids
 
+    def _draw_above(self, z: Tensor, cut: Cut, keys: Tensor) -> Tensor:
+        return argmax(cut.drop(self._noise.race(z.clone(), keys), z))
 
-def _cut(z: Tensor, values: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
-    """Where top_k and top_p cut: the smallest logit kept, and how many tokens of exactly that logit stay. [r, 1] each.
-
-    z [r, V]; values [r, W], the W largest of each row, largest first.
-    """
-    width = values.shape[1]
-    peak = values[:, :1]
-    mass = (values - peak).exp_()  # [r, W], probabilities times a constant
-    cumulated = mass.cumsum(-1)
-    top_k = limits.top_k.clamp(max=width)
-    total = cumulated.gather(1, top_k - 1)
-    if limits.needs_total:
-        total = torch.where(limits.has_top_k, total, (z - peak).exp_().sum(-1, keepdim=True))
-    # A token stays while those before it have not reached top_p.
-    num_kept = (cumulated[:, :-1] < total * limits.top_p).sum(-1, keepdim=True).add_(1)
-    num_kept = torch.minimum(num_kept, top_k)
-    # Nor does a banned token stay, whatever rounding made of the sums: a cut at -inf would never look settled.
-    num_kept = torch.minimum(num_kept, (mass > 0).sum(-1, keepdim=True)).clamp_(min=1)
-    threshold = values.gather(1, num_kept - 1)
-    return threshold, num_kept - (values > threshold).sum(-1, keepdim=True)
-
-
-def _keep(scores: Tensor, candidates: Tensor, threshold: Tensor, num_equal: Tensor) -> Tensor:
-    """Scores of what was cut off set to -inf, in place. scores, candidates [r, C], in order of their ids."""
-    equal = candidates == threshold
-    kept = (candidates > threshold) | (equal & (equal.cumsum(-1) <= num_equal))
-    return scores.masked_fill_(~kept, -math.inf)
+    def _width(self, limits: Limits) -> int:
+        """How many of the largest logits to look at: enough for every top_k and one more, to see where its equals end."""
+        if self._device.type != "cpu":
+            # A device that runs ahead of the host must not be asked whether 64 were enough; there a sort is cheap.
+            return self._vocab_size
+        return min(max(_MIN_CANDIDATES, limits.max_top_k + 1), self._vocab_size)

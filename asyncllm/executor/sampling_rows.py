@@ -12,25 +12,11 @@ import torch
 from torch import Tensor
 
 from asyncllm.executor import slots as column
+from asyncllm.executor.narrowing import Limits
 from asyncllm.executor.slots import SlotState
 
 # Below this, logits divided by the temperature leave float32's useful range; such rows are greedy.
 MIN_TEMPERATURE = 1e-5
-
-
-@dataclass(slots=True)
-class Limits:
-    """top_k and top_p of r rows."""
-
-    top_k: Tensor  # [r, 1] int64, 1 … V; V where off
-    has_top_k: Tensor  # [r, 1] bool
-    top_p: Tensor  # [r, 1] float32; infinity where off, since rounded sums may reach 1 before the last token
-    min_width: int  # candidates that surely hold every top_k and one more
-    needs_total: bool  # some row has top_p over the whole vocabulary
-
-    def select(self, rows: Tensor) -> "Limits":
-        """The limits of some of the rows."""
-        return Limits(self.top_k[rows], self.has_top_k[rows], self.top_p[rows], self.min_width, self.needs_total)
 
 
 @dataclass(slots=True)
@@ -61,7 +47,7 @@ class SamplingRows:
 
     seeds: npt.NDArray[np.int64]  # [R]
     greedy: Tensor  # [g] int64, rows at temperature 0
-    groups: list[DrawGroup]  # the rest: one group over the whole vocabulary, one that narrows it first
+    groups: list[DrawGroup]  # the rest: over the whole vocabulary, with top_k, with top_p alone
     penalties: PenaltyGroup | None
     bias: tuple[Tensor, Tensor] | None  # positions in the flattened [R * V] logits, int64, and what to add, float32
 
@@ -70,12 +56,11 @@ def gather_rows(state: SlotState, slot_ids: list[int], vocab_size: int, device: 
     """Parameters of the rows whose sequences sit in `slot_ids` [R]."""
     table = state.sampling[slot_ids]  # [R, 7]
     greedy = table[:, column.TEMPERATURE] < MIN_TEMPERATURE
-    narrowed = ~greedy & (
-        ((table[:, column.TOP_K] > 0) & (table[:, column.TOP_K] < vocab_size)) | (table[:, column.TOP_P] < 1)
-    )
+    top_k = ~greedy & _has_top_k(table, vocab_size)
+    top_p = ~greedy & ~top_k & (table[:, column.TOP_P] < 1)
     groups = [
         _draw_group(table, np.flatnonzero(mask), vocab_size, device)
-        for mask in (~greedy & ~narrowed, narrowed)
+        for mask in (~greedy & ~top_k & ~top_p, top_k, top_p)
         if mask.any()
     ]
     return SamplingRows(
@@ -107,18 +92,20 @@ def _draw_group(
 
 
 def _limits(table: npt.NDArray[np.float32], vocab_size: int, device: torch.device) -> Limits | None:
+    """Limits of a group; its rows agree on whether they have a top_k."""
     top_k, top_p = table[:, column.TOP_K].astype(np.int64), table[:, column.TOP_P]
-    has_top_k = (top_k > 0) & (top_k < vocab_size)
-    has_top_p = top_p < 1
+    has_top_k, has_top_p = _has_top_k(table, vocab_size), top_p < 1
     if not (has_top_k.any() or has_top_p.any()):
         return None
     return Limits(
-        top_k=torch.from_numpy(np.where(has_top_k, top_k, vocab_size)).unsqueeze(1).to(device),
-        has_top_k=torch.from_numpy(has_top_k).unsqueeze(1).to(device),
-        top_p=_column(np.where(has_top_p, top_p, np.float32(np.inf)), device),
-        min_width=int(top_k[has_top_k].max(initial=0)) + 1,
-        needs_total=bool((has_top_p & ~has_top_k).any()),
+        top_k=torch.from_numpy(top_k).unsqueeze(1).to(device) if has_top_k.any() else None,
+        top_p=_column(np.where(has_top_p, top_p, np.float32(np.inf)), device) if has_top_p.any() else None,
+        max_top_k=int(top_k[has_top_k].max(initial=0)),
     )
+
+
+def _has_top_k(table: npt.NDArray[np.float32], vocab_size: int) -> npt.NDArray[np.bool_]:
+    return (table[:, column.TOP_K] > 0) & (table[:, column.TOP_K] < vocab_size)
 
 
 def _penalty_group(table: npt.NDArray[np.float32], slot_ids: list[int], device: torch.device) -> PenaltyGroup | None:

@@ -1,0 +1,1 @@
+"""Model families, as plain modules, and the registry that finds them."""

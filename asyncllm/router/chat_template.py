@@ -6,6 +6,7 @@ message never becomes a special token (`special_text`). Called in the router's p
 
 import json
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -17,7 +18,7 @@ import jinja2.sandbox
 
 from asyncllm.errors import InvalidRequest, StartupError, show
 from asyncllm.router.special_text import SpecialText, strings_in, unused_noncharacters
-from asyncllm.router.tokenizer import Tokenizer, check_text
+from asyncllm.router.tokenizer import ContextLimit, Tokenizer, count_bytes
 from asyncllm.weights.base import TextFacts
 
 MAX_RENDERED_CHARS = 32 * 1024 * 1024
@@ -98,7 +99,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
-        max_context_length: int | None = None,
+        limit: ContextLimit | None = None,
     ) -> list[int]:
         """Token ids of the rendered conversation.
 
@@ -107,9 +108,9 @@ class ChatTemplate:
         """
         given = [messages, tools, template_kwargs]
         try:
+            # Before rendering: copying megabytes about holds the GIL. No template leaves out most of what it is given.
+            self._tokenizer.check_bytes(sum(map(count_bytes, _texts(messages))), limit)
             strings = [self._source, *strings_in(given)]
-            for text in strings:
-                check_text(text, "messages")
             marker = None
             if any(self._special_text.looks_special(text) for text in strings[1:]):
                 (marker,) = unused_noncharacters(strings, 1)
@@ -123,9 +124,7 @@ class ChatTemplate:
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
         )
-        if max_context_length is not None:
-            self._tokenizer.check_length(rendered, max_context_length, "messages")
-        return self._special_text.encode(rendered, marker)
+        return self._special_text.encode(rendered, marker, limit)
 
     def render(
         self,
@@ -201,6 +200,16 @@ class ChatTemplate:
         except InvalidRequest:
             return False
         return PROBE in rendered and "'text'" not in rendered and '"text"' not in rendered
+
+
+def _texts(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """The texts of all messages."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            yield content
+        elif isinstance(content, list):
+            yield from (part["text"] for part in content if isinstance(part.get("text"), str))
 
 
 def _append_to_content(message: dict[str, Any], tail: str) -> dict[str, Any]:

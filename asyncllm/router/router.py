@@ -52,7 +52,6 @@ class Router:
     ) -> None:
         """`phases`: where phases of start-up are written as they pass: seconds, None while one runs."""
         self.tokenizer = tokenizer
-        self.template = template
         self.state = STARTING
         self.capacity: Capacity | None = None  # once the engine is ready
         self.facts: dict[str, str] = {}  # device, dtype, memory
@@ -132,13 +131,6 @@ class Router:
             return True
         self._engine.stop()
         return await asyncio.to_thread(self._engine.join, timeout_s)
-
-    async def drain_and_stop(self, drain_timeout_s: float, stop_timeout_s: float = 10.0) -> bool:
-        """Let requests finish for so long, abort the rest, stop the engine."""
-        self.begin_drain()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.wait_idle(), drain_timeout_s)
-        return await self.close(stop_timeout_s)
 
     # --- text in -----------------------------------------------------------------------------------------------------
 
@@ -294,7 +286,8 @@ class Router:
         self._ready_or_dead.set()
 
     def _on_dead(self, dead: EngineDead) -> None:
-        log.error("%s\n%s", dead.message, dead.detail)
+        if dead.detail:
+            log.error("%s\n%s", dead.message, dead.detail)
         self.state = DEAD
         self._died = dead
         for stream in self._running.all():

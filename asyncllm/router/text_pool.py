@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from asyncllm.errors import Overloaded
 from asyncllm.router.chat_template import ChatTemplate
-from asyncllm.router.tokenizer import Tokenizer
+from asyncllm.router.tokenizer import ContextLimit, Tokenizer
 
 T = TypeVar("T")
 
@@ -32,11 +32,11 @@ class TextPool:
     ) -> list[list[int]]:
         """Ids of raw prompts; those that are ids already pass through."""
 
+        limit = ContextLimit(max_context_length, "prompt")
+
         def work() -> list[list[int]]:
             texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-            for text in texts:
-                self._tokenizer.check_length(text, max_context_length, "prompt")
-            encoded = iter(self._tokenizer.encode_prompts(texts, add_special_tokens))
+            encoded = iter(self._tokenizer.encode_prompts(texts, add_special_tokens, limit))
             return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
         return await self._run(work) if any(isinstance(prompt, str) for prompt in prompts) else work()
@@ -59,7 +59,7 @@ class TextPool:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 template_kwargs=template_kwargs,
-                max_context_length=max_context_length,
+                limit=ContextLimit(max_context_length, "messages"),
             )
         )
 

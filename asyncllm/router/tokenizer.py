@@ -5,12 +5,27 @@ other takes special-looking text as text. Both go through `encode_batch_fast`, w
 them in its pool. Everything else is cheap and stays on the loop thread.
 """
 
+import msgspec
 import tokenizers
 
 from asyncllm.errors import ContextLengthExceeded, InvalidRequest
 from asyncllm.router.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from asyncllm.router.token_bytes import ByteTable, byte_scheme
 from asyncllm.weights.base import TextFacts
+
+
+class ContextLimit(msgspec.Struct, frozen=True):
+    """How many tokens a text may have, and which field of the request it came from."""
+
+    num_tokens: int
+    param: str
+
+    def exceeded(self, what: str) -> ContextLengthExceeded:
+        """The error; `what` says how long the text is."""
+        return ContextLengthExceeded(
+            f"This model's maximum context length is {self.num_tokens} tokens. However, {what}. Please shorten it.",
+            param=self.param,
+        )
 
 
 class Tokenizer:
@@ -39,43 +54,51 @@ class Tokenizer:
 
     # --- text to ids: in the pool ------------------------------------------------------------------------------------
 
-    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a raw prompt; special tokens in it are read as such, bos goes in front where the model asks."""
-        return self.encode_prompts([text], add_special_tokens)[0]
+    def encode_prompt(self, text: str, add_special_tokens: bool = True, limit: ContextLimit | None = None) -> list[int]:
+        """Ids of one raw prompt; see `encode_prompts`."""
+        return self.encode_prompts([text], add_special_tokens, limit)[0]
 
-    def encode_prompts(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """The same for many, in parallel. Raises InvalidRequest for text that is not valid Unicode."""
+    def encode_prompts(
+        self, texts: list[str], add_special_tokens: bool = True, limit: ContextLimit | None = None
+    ) -> list[list[int]]:
+        """Ids of raw prompts: special tokens in them are read as such, bos goes in front where the model asks.
+
+        Raises InvalidRequest for text that is not valid Unicode, ContextLengthExceeded for one longer than `limit`.
+        """
         for text in texts:
-            check_text(text)
+            self.check_bytes(count_bytes(text), limit)
         batch = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        if limit is not None:
+            _check_counts([len(encoding) for encoding in batch], limit)
         rows: list[list[int]] = [encoding.ids for encoding in batch]
         bos = self.text.bos_token_id
         if add_special_tokens and self.text.add_bos and bos is not None:
             rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
         return rows
 
-    def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        """Ids of plain text: nothing is added, and what looks like a special token stays text."""
-        for text in texts:
-            check_text(text)
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_texts(self, texts: list[str], limit: ContextLimit | None = None) -> list[list[int]]:
+        """Ids of plain text: nothing is added, and what looks like a special token stays text.
 
-    def check_length(self, text: str, max_context_length: int, param: str | None = None) -> None:
-        """Refuse text that cannot fit whatever its tokens are, before anybody spends time on tokenizing it.
+        Raises as `encode_prompts` does; here the limit is for all texts together.
+        """
+        for text in texts:
+            self.check_bytes(count_bytes(text), limit)
+        batch = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        if limit is not None:
+            _check_counts([sum(len(encoding) for encoding in batch)], limit)
+        return [encoding.ids for encoding in batch]
+
+    def check_bytes(self, num_bytes: int, limit: ContextLimit | None) -> None:
+        """Refuse text that cannot fit whatever its tokens are, before anybody spends time on it.
 
         A token stands for at most `_max_token_bytes` bytes, so there are at least so many tokens. Raises
         ContextLengthExceeded.
         """
-        if self._max_token_bytes is None or len(text) <= max_context_length:
+        if limit is None or self._max_token_bytes is None:
             return
-        num_bytes = len(text.encode("utf-8", "replace"))
         at_least = -(-num_bytes // self._max_token_bytes)
-        if at_least > max_context_length:
-            raise ContextLengthExceeded(
-                f"The model's context is {max_context_length} tokens; this text of {len(text)} characters has at least "
-                f"{at_least} tokens.",
-                param=param,
-            )
+        if at_least > limit.num_tokens:
+            raise limit.exceeded(f"your prompt of {num_bytes} bytes has at least {at_least} tokens")
 
     def _longest_token(self) -> int | None:
         """Bytes of the longest token; None where a token may stand for more text than it shows.
@@ -121,15 +144,23 @@ class Tokenizer:
         return ByteDetokenizer(table, self._scheme.num_stripped_spaces)
 
 
-def check_text(text: str, param: str | None = None) -> None:
-    """Raises InvalidRequest for a lone surrogate: it has no UTF-8, and the tokenizer would fail with a TypeError."""
+def _check_counts(counts: list[int], limit: ContextLimit) -> None:
+    """Refuse what is too long before its ids become a list: that of a million tokens would hold the GIL for 20 ms."""
+    if max(counts, default=0) > limit.num_tokens:
+        raise limit.exceeded(f"your prompt has {max(counts)} tokens")
+
+
+def count_bytes(text: str) -> int:
+    """Bytes of the text in UTF-8.
+
+    Raises InvalidRequest for a lone surrogate: it has no UTF-8, and the tokenizer would fail with a TypeError.
+    """
     if text.isascii():
-        return
+        return len(text)
     try:
-        text.encode()
+        return len(text.encode())
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise InvalidRequest(
             f"The text is not valid Unicode: a lone surrogate U+{code:04X} at character {error.start}.",
-            param=param,
         ) from None

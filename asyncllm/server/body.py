@@ -34,7 +34,8 @@ async def read_body(request: web.Request, max_bytes: int, timeout_s: float) -> b
         raise UnsupportedMediaType(f"Content-Encoding {encoding} is not supported; send gzip, deflate or none.")
     if (request.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
-    chunks, size = [], 0
+    chunks: list[bytes] = []
+    size = 0
     try:
         while True:
             async with asyncio.timeout(timeout_s or None):

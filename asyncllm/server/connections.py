@@ -19,7 +19,7 @@ log = logging.getLogger("asyncllm.server")
 
 
 class Connection(RequestHandler):
-    """An HTTP connection whose protocol errors (a broken request line, an oversized header) are JSON like all others."""
+    """An HTTP connection whose protocol errors (a broken request line, a huge header) are JSON like all others."""
 
     __slots__ = ()
 

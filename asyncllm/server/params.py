@@ -191,8 +191,8 @@ def fit_max_tokens(asked: int | None, default: int | None, num_prompt_tokens: in
         return left if default is None else min(default, left)
     if asked > left:
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {context} tokens. However, you asked for {num_prompt_tokens + asked} "
-            f"tokens ({num_prompt_tokens} in the prompt, {asked} in the answer). Please lower max_tokens to {left}.",
+            f"This model's maximum context length is {context} tokens. However, you asked for "
+            f"{num_prompt_tokens + asked} tokens ({num_prompt_tokens} in the prompt, {asked} in the answer). Please lower max_tokens to {left}.",
             param="max_tokens",
         )
     return asked

@@ -1,8 +1,8 @@
 """The request bodies of the OpenAI-compatible API, as structs: what a field may hold is in its type.
 
 msgspec decodes and checks in one pass, strictly: a boolean is no integer, "5" is not 5. Rules between fields and rules
-that need the model (vocabulary, context) are in `params`. Every field of OpenAI's own requests is known here, also those
-that are accepted and change nothing.
+that need the model (vocabulary, context) are in `params`. Every field of OpenAI's own requests is known here, those
+too that are accepted and change nothing.
 """
 
 from typing import Annotated, Any

@@ -101,9 +101,9 @@ def _fill(checkpoint: Checkpoint, targets: dict[str, _Target]) -> None:
         destination.copy_(tensor)
         missing.discard(name)
     if missing:
-        raise StartupError(f"{checkpoint.name}: {len(missing)} tensors are missing: {_names(missing)}")
+        raise StartupError(f"{checkpoint.name}: missing tensors ({len(missing)}): {_names(missing)}")
     if unexpected:
-        raise StartupError(f"{checkpoint.name}: {len(unexpected)} unexpected tensors: {_names(unexpected)}")
+        raise StartupError(f"{checkpoint.name}: unexpected tensors ({len(unexpected)}): {_names(unexpected)}")
 
 
 def _names(names: set[str] | list[str]) -> str:

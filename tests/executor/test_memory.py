@@ -66,7 +66,7 @@ def test_context_shrinks_to_what_fits_and_the_summary_says_so():
 @pytest.mark.parametrize(
     ("settings", "available_gib", "on_gpu", "words"),
     [
-        (config(CacheConfig(memory_gib=8)), 4, False, ["8.00 GiB", "4.00 GiB", "lower cache.memory_gib = 8.0"]),
+        (config(CacheConfig(memory_gib=8)), 4, False, ["8.00 GiB", "4.00 GiB", "lower cache.memory_gib = 8"]),
         (config(CacheConfig(memory_gib=3.8)), 4, True, ["3.80 GiB beside 0.37 GiB", "lower cache.memory_gib = 3.8"]),
         (config(CacheConfig(num_blocks=10**6)), 4, True, ["4.00 GiB", "lower cache.num_blocks = 1000000"]),
         (config(), 0.0005, False, ["one block", "cache.memory_gib"]),

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
+from tokenizers import Tokenizer as Backend
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from asyncllm.errors import ContextLengthExceeded, InvalidRequest, StartupError
 from asyncllm.router.chat_template import ChatTemplate
 from asyncllm.router.special_text import NONCHARACTERS
-from asyncllm.router.tokenizer import Tokenizer
+from asyncllm.router.tokenizer import ContextLimit, Tokenizer
+from asyncllm.weights.base import TextFacts
 from tests.fakes_text import CHATML, END, START, byte_text, byte_tokenizer
 
 CONVERSATION = [
@@ -41,6 +43,9 @@ TEMPLATES = {"chatml": CHATML, "llama-like": LLAMA_LIKE}
 def make(template: str | None = CHATML, **changes: object) -> ChatTemplate:
     text = byte_text(chat_template=template, **changes)
     return ChatTemplate(text, Tokenizer(byte_tokenizer(), text))
+
+
+CHATML_TEMPLATE = make()
 
 
 def user(content: Any) -> list[dict[str, Any]]:
@@ -148,9 +153,11 @@ def test_endless_output_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
         make("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}").render(user("Hi"))
 
 
-def test_text_that_cannot_fit_is_refused_before_tokenizing() -> None:
-    with pytest.raises(ContextLengthExceeded):
-        make().encode(user("a" * 5000), max_context_length=100)
+def test_conversation_longer_than_the_context_is_refused() -> None:
+    for content in ("a" * 5000, "a" * 150, "<|end|>" * 50):
+        with pytest.raises(ContextLengthExceeded) as caught:
+            make().encode(user(content), limit=ContextLimit(100, "messages"))
+        assert caught.value.param == "messages"
 
 
 def test_lone_surrogate_in_a_message_is_refused() -> None:
@@ -197,7 +204,7 @@ def test_special_looking_content_stays_text(content: str) -> None:
     )
 )
 def test_no_content_yields_special_tokens(pieces: list[str]) -> None:
-    assert make().encode(user("".join(pieces))) == turns("".join(pieces))
+    assert CHATML_TEMPLATE.encode(user("".join(pieces))) == turns("".join(pieces))
 
 
 def test_embedded_model_keeps_turns_closed(smollm2: Tokenizer) -> None:
@@ -251,3 +258,25 @@ def test_white_space_that_a_special_token_swallows_is_swallowed_either_way() -> 
 def test_text_that_uses_up_every_noncharacter_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="noncharacters"):
         make().encode(user("<|end|>" + "".join(NONCHARACTERS)))
+
+
+def test_special_text_is_found_wherever_the_search_window_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncllm.router.special_text.WINDOW_CHARS", 5)
+    for num_before in range(12):
+        content = "x" * num_before + "<|end|>" + "y" * 20 + "<s>"
+        assert make().encode(user(content)) == turns(content)
+
+
+def test_longest_of_special_tokens_that_begin_alike_is_the_one() -> None:
+    backend = byte_tokenizer()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<t>", "<t>>", "<t>>>x", "[t]")])
+    text = byte_text(chat_template="<t>>>{{ messages[0].content }}<t>[t]")
+    tokenizer = Tokenizer(backend, text)
+    one, two, square = (tokenizer.token_id(token) for token in ("<t>", "<t>>", "[t]"))
+    assert ChatTemplate(text, tokenizer).encode(user("<t>>")) == [two, *b"><t>>", one, square]
+
+
+def test_model_without_special_tokens_has_nothing_to_mark() -> None:
+    backend = Backend(models.BPE({"a": 0}, []))
+    text = TextFacts(chat_template="{{ messages[0].content }}")
+    assert ChatTemplate(text, Tokenizer(backend, text)).encode(user("aa")) == [0, 0]

@@ -1,6 +1,7 @@
 """Start, limits, shutdown and death."""
 
 import asyncio
+
 import pytest
 
 from asyncllm.errors import CapacityError, ContextLengthExceeded, InvalidRequest, Overloaded, StartupError, Unavailable
@@ -162,7 +163,8 @@ async def test_draining_refuses_new_work_and_waits_for_the_old(bench: Bench) -> 
 async def test_requests_that_do_not_finish_in_time_are_aborted_with_their_text(bench: Bench) -> None:
     stream = bench.submit()
     bench.drain(*bench.engine.say(1, "so far"))
-    assert await bench.router.drain_and_stop(0.0)
+    bench.router.begin_drain()
+    assert await bench.router.close(1.0)
     assert [(d.text, d.finish_reason) for d in await stream.collect()] == [("so far", "abort")]
     assert not bench.engine.is_alive
 

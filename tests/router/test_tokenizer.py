@@ -6,9 +6,11 @@ from tokenizers import models, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from asyncllm.errors import ContextLengthExceeded, InvalidRequest
-from asyncllm.router.tokenizer import Tokenizer
+from asyncllm.router.tokenizer import ContextLimit, Tokenizer
 from asyncllm.weights.base import TextFacts
 from tests.fakes_text import BOS, END, byte_text, byte_tokenizer
+
+LIMIT = ContextLimit(100, "prompt")
 
 
 def make(**changes: object) -> Tokenizer:
@@ -50,28 +52,37 @@ def test_lone_surrogate_is_the_clients_mistake(encode) -> None:
 
 
 def test_text_that_cannot_fit_is_refused_without_tokenizing() -> None:
+    with pytest.raises(ContextLengthExceeded, match="at least 112 tokens") as caught:
+        make().encode_prompt("a" * 1000, limit=LIMIT)  # the longest token is <|start|>: 9 bytes
+    assert caught.value.param == "prompt"
+
+
+def test_text_that_turns_out_too_long_is_refused() -> None:
     tokenizer = make()
-    with pytest.raises(ContextLengthExceeded, match="at least 112 tokens"):
-        tokenizer.check_length("a" * 1000, 100)  # the longest token is <|start|>: 9 bytes
-    tokenizer.check_length("a" * 900, 100)
+    with pytest.raises(ContextLengthExceeded, match="has 101 tokens"):
+        tokenizer.encode_prompts(["a", "a" * 101], limit=LIMIT)
+    with pytest.raises(ContextLengthExceeded, match="has 101 tokens"):
+        tokenizer.encode_texts(["a" * 51, "a" * 50], LIMIT)
+    assert len(tokenizer.encode_prompt("<|start|>" * 100, limit=LIMIT)) == 100
 
 
 def test_length_bound_counts_bytes() -> None:
     with pytest.raises(ContextLengthExceeded, match="at least 150 tokens"):
-        make().check_length("日" * 450, 100)
+        make().encode_prompt("日" * 450, limit=LIMIT)
 
 
 def test_length_bound_holds_on_real_text(smollm2: Tokenizer) -> None:
     for text in ("-" * 5000, " " * 5000, "\n" * 5000, "hello world " * 500, "日本語" * 500):
-        smollm2.check_length(text, len(smollm2.encode_prompt(text)))
+        num_tokens = len(smollm2.encode_prompt(text))
+        assert len(smollm2.encode_prompt(text, limit=ContextLimit(num_tokens, "prompt"))) == num_tokens
 
 
 def test_no_length_bound_where_text_may_shrink_before_it_is_tokenized() -> None:
     squeezing = byte_tokenizer()
     squeezing.normalizer = normalizers.Replace("  ", "")
-    Tokenizer(squeezing, byte_text()).check_length("  " * 1000, 10)
+    assert Tokenizer(squeezing, byte_text()).encode_prompt("  " * 1000 + "a", limit=LIMIT) == [97]
     words = Backend(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    Tokenizer(words, TextFacts()).check_length("a" * 1000, 10)
+    assert Tokenizer(words, TextFacts()).encode_prompt("a" * 10_000, limit=LIMIT) == [0]
 
 
 def test_bytes_of_a_token_may_be_half_a_character() -> None:

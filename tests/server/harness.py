@@ -1,7 +1,7 @@
 """The whole server but the device: real sockets, real router, real engine thread, `FakeExecutor`, no torch.
 
-The model is a byte-level tokenizer without merges (a token is a byte) and a fake that answers with the alphabet, so that
-every test knows what must come back.
+The model is a byte-level tokenizer without merges (a token is a byte) and a fake that answers with the alphabet, so
+that every test knows what must come back.
 """
 
 import asyncio
@@ -157,7 +157,7 @@ class Server:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Let the loop turn until something holds; the test's timeout is the limit."""
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (any state may be waited for; there is no event for most)
             await asyncio.sleep(0)
 
     async def until_idle(self) -> None:
@@ -199,7 +199,7 @@ async def running(
     runner = GuardedRunner(create_app(serving), settings.server)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    base = "http://127.0.0.1:%d" % runner.addresses[0][1]
+    base = f"http://127.0.0.1:{runner.addresses[0][1]}"
     executor = FakeExecutor(capacity, depth, next_token, gate=gate, fail_launch_at=fail_launch_at)
     tokenizer = Tokenizer(byte_tokenizer(), facts)
     engine = Engine(make_executor or (lambda report: executor), settings.scheduler, settings.cache, debug=True)

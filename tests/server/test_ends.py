@@ -26,7 +26,7 @@ async def test_a_client_that_leaves_frees_its_blocks_within_one_step() -> None:
     for stream in (True, False):
         gate = threading.Semaphore(3)
         async with running(gate=gate) as server:
-            stats = lambda: server.serving.metrics.stats  # noqa: B023, E731
+            stats = lambda: server.serving.metrics.stats  # noqa: E731
             _, writer = await send(server, {"prompt": "abc", "max_tokens": 400, "stream": stream})
             await server.until(lambda: stats().num_steps == 3)  # noqa: B023
             assert stats().num_used_blocks > 0

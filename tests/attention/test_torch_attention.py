@@ -1,0 +1,147 @@
+"""The paged backend against attention written out over plain, unpaged keys."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from asyncllm.attention import torch_attention
+from asyncllm.attention.base import AttentionMetadata
+from asyncllm.attention.torch_attention import TorchAttention, split_decode_rows
+
+H, K, D, B = 6, 2, 8, 4
+
+
+def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[T, H, D] behind L - T earlier keys [L, K, D], in float64."""
+    query, keys, values = query.double(), keys.double(), values.double()
+    keys, values = keys.repeat_interleave(H // K, 1), values.repeat_interleave(H // K, 1)
+    scores = torch.einsum("thd,lhd->htl", query, keys) / math.sqrt(D)
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(keys.shape[0] - query.shape[0] + 1)
+    return torch.einsum("htl,lhd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
+
+
+class Batch:
+    """Random rows: the pages hold all but the query tokens' keys, as previous steps would have left them."""
+
+    def __init__(self, rows: list[tuple[int, int]], seed: int, dtype: torch.dtype = torch.float32) -> None:
+        """`rows`: (query tokens, tokens in all) each, rows of one query token with a prefix first."""
+        generator = torch.Generator().manual_seed(seed)
+        needed = sum(-(-length // B) for _, length in rows)
+        blocks = list(range(1, needed + 1))
+        random.Random(seed).shuffle(blocks)
+        self.query_lens = [query_len for query_len, _ in rows]
+        self.seq_lens = [length for _, length in rows]
+        self.num_decode_rows = sum(1 for query_len, length in rows if query_len == 1 < length)
+        self.keys = [torch.randn(length, K, D, generator=generator).to(dtype) for _, length in rows]
+        self.values = [torch.randn(length, K, D, generator=generator).to(dtype) for _, length in rows]
+        self.query = torch.randn(sum(self.query_lens), H, D, generator=generator).to(dtype)
+        # NaN in the pages nobody wrote would spread; the null block may hold anything finite.
+        self.kv_cache = torch.full((2, needed + 1, B, K, D), torch.nan, dtype=dtype)
+        self.kv_cache[:, 0] = 50.0
+        width = max(-(-length // B) for _, length in rows)
+        self.tables = torch.zeros(len(rows), width, dtype=torch.int64)
+        for row, (_, length) in enumerate(rows):
+            for column in range(-(-length // B)):
+                self.tables[row, column] = blocks.pop()
+                self.kv_cache[:, self.tables[row, column]] = 50.0
+
+    def metadata(self, query_lens: list[int], seq_lens: list[int], num_decode_rows: int) -> AttentionMetadata:
+        """Of a step over the first rows; slots only where there is a page table."""
+        positions, slots = [], []
+        for row, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens)):
+            for position in range(seq_len - query_len, seq_len):
+                positions.append(position)
+                slots.append(int(self.tables[row, position // B]) * B + position % B)
+        return AttentionMetadata(
+            positions=torch.tensor(positions),
+            slot_mapping=torch.tensor(slots),
+            block_tables=self.tables,
+            seq_lens=torch.tensor(seq_lens),
+            num_decode_rows=num_decode_rows,
+            query_lens=query_lens,
+            seq_lens_host=seq_lens,
+            block_size=B,
+        )
+
+    def run(self) -> torch.Tensor:
+        """Store the prefixes in one step, then attend in the next."""
+        backend, scale = TorchAttention(), 1 / math.sqrt(D)
+        prefixes = [length - query_len for query_len, length in zip(self.query_lens, self.seq_lens)]
+        keys = torch.cat([keys[:prefix] for keys, prefix in zip(self.keys, prefixes)])
+        values = torch.cat([values[:prefix] for values, prefix in zip(self.values, prefixes)])
+        if len(keys):
+            step = backend.begin(self.metadata(prefixes, prefixes, 0), self.kv_cache)
+            step.forward(keys.new_zeros(len(keys), H, D), keys, values, self.kv_cache, scale)
+        keys = torch.cat([keys[prefix:] for keys, prefix in zip(self.keys, prefixes)])
+        values = torch.cat([values[prefix:] for values, prefix in zip(self.values, prefixes)])
+        step = backend.begin(self.metadata(self.query_lens, self.seq_lens, self.num_decode_rows), self.kv_cache)
+        return step.forward(self.query, keys, values, self.kv_cache, scale)
+
+    def expected(self) -> torch.Tensor:
+        queries = self.query.split(self.query_lens)
+        return torch.cat([reference(*row) for row in zip(queries, self.keys, self.values)])
+
+
+def assert_right(batch: Batch, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(batch.run().double(), batch.expected(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(1, 2)],
+        [(1, 17)],
+        [(1, 8), (1, 8), (1, 8)],
+        [(1, 5), (1, 30), (1, 16)],
+        [(1, 1)],
+        [(9, 9)],
+        [(5, 20)],
+        [(1, 12), (1, 7), (4, 4), (6, 21), (1, 1)],
+    ],
+    ids=str,
+)
+def test_rows_attend_to_their_own_pages_only(rows: list[tuple[int, int]]) -> None:
+    assert_right(Batch(rows, seed=0))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_steps_agree_with_attention_written_out(seed: int) -> None:
+    rng = random.Random(seed)
+    decodes = [(1, rng.randint(2, 40)) for _ in range(rng.randint(0, 5))]
+    prompts = [(length, length + rng.choice([0, rng.randint(1, 30)])) for length in rng.choices(range(2, 30), k=rng.randint(1, 3))]
+    assert_right(Batch(decodes + prompts, seed))
+
+
+def test_a_long_chunk_behind_a_prefix_is_attended_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_attention, "PREFIX_QUERY_CHUNK", 7)
+    assert_right(Batch([(1, 3), (20, 33), (7, 9), (3, 50), (15, 16)], seed=1))
+
+
+def test_groups_of_decode_rows_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_attention, "PADDED_KEYS_PER_GROUP", 8)
+    batch = Batch([(1, 4), (1, 60), (1, 5), (1, 33), (1, 58), (3, 8)], seed=2)
+    assert len(split_decode_rows(batch.metadata(batch.query_lens, batch.seq_lens, 5))) > 2
+    assert_right(batch)
+
+
+@pytest.mark.parametrize("threshold", [0, 1 << 30], ids=["by products", "fused"])
+@pytest.mark.parametrize("rows", [[(1, 8), (1, 8)], [(1, 5), (1, 30), (1, 16)], [(1, 64)]], ids=str)
+def test_both_ways_of_decoding_in_bfloat16_are_near_the_exact_one(
+    monkeypatch: pytest.MonkeyPatch, threshold: int, rows: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(torch_attention, "MIN_KEYS_FOR_PRODUCTS", threshold)
+    # Scores and outputs are of order 1 and rounded to 8 bits (0.4 %) about three times on the way.
+    assert_right(Batch(rows, 3, torch.bfloat16), tolerance=2e-2)
+
+
+def test_one_long_row_is_decoded_apart_from_many_short_ones() -> None:
+    batch = Batch([(1, 30)] * 3, seed=0)
+    metadata = batch.metadata([1] * 33, [2000, *[100] * 32], 33)
+    assert split_decode_rows(metadata) == [[0], list(range(1, 33))]
+
+
+def test_rows_of_about_the_same_length_stay_together_in_order() -> None:
+    metadata = Batch([(1, 30)], seed=0).metadata([1, 1, 1], [90, 120, 100], 3)
+    assert split_decode_rows(metadata) == [[0, 1, 2]]

@@ -1,0 +1,208 @@
+"""The real command with the real model: start, answer, bad starts, drain, exit codes. Real sockets, real signals."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PARIS = {
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "temperature": 0,
+    "max_tokens": 32,
+}
+DEADLINE_S = 60.0  # for things that take a second or two
+
+
+class Process:
+    """A server process on a free port, and what it printed."""
+
+    def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        settings = {"ASYNCLLM_SERVER__PORT": str(self.port), "ASYNCLLM_CACHE__NUM_BLOCKS": "512"} | environment
+        self.log = log
+        with log.open("wb") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "asyncllm", *arguments], env=os.environ | settings, stdout=output, stderr=output
+            )
+
+    def get(self, path: str, body: dict | None = None) -> tuple[int, bytes]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def until(self, condition) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end, self.log.read_text()
+
+    def until_ready(self) -> set[str]:
+        """Wait for readiness; returns the phases that /readyz named meanwhile."""
+        phases = set()
+
+        def ready() -> bool:
+            assert self.popen.poll() is None, self.log.read_text()
+            try:
+                status, raw = self.get("/readyz")
+            except urllib.error.URLError:
+                return False
+            phases.add(json.loads(raw).get("phase"))
+            return status == 200
+
+        self.until(ready)
+        return phases
+
+    def stream(self, body: dict) -> socket.socket:
+        """A streamed chat request on a socket of its own, once its first bytes came."""
+        raw = json.dumps(body | {"stream": True}).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}"
+        connection.sendall(f"{head}\r\n\r\n".encode() + raw)
+        self.first = connection.recv(65536)
+        return connection
+
+    def wait(self) -> int:
+        return self.popen.wait(DEADLINE_S)
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.popen.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def read_all(connection: socket.socket) -> bytes:
+    raw = b""
+    with connection:
+        while chunk := connection.recv(65536):
+            raw += chunk
+            if b"data: [DONE]" in raw:
+                break
+    return raw
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator:
+    started: list[Process] = []
+
+    def start(*arguments: str, **environment: str) -> Process:
+        process = Process(tmp_path / f"log{len(started)}", *arguments, **environment)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.popen.poll() is None:
+            process.popen.kill()
+            process.popen.wait()
+
+
+def test_the_embedded_model_answers_drains_and_exits_with_zero(start) -> None:
+    server = start(ASYNCLLM_SERVER__DRAIN_TIMEOUT_S="60")
+    phases = server.until_ready()
+    assert phases & {"open model", "load tokenizer", "import torch", "load weights", "allocate kv cache", "warm up"}
+    status, raw = server.get("/v1/chat/completions", PARIS)
+    answer = json.loads(raw)
+    assert status == 200 and "Paris" in answer["choices"][0]["message"]["content"]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+    idle_from = server.cpu_seconds()
+    select = time.monotonic() + 1.0
+    while time.monotonic() < select:
+        os.sched_yield()
+    assert server.cpu_seconds() - idle_from <= 0.05, "idle costs no CPU"
+
+    # A stream that runs when SIGTERM comes is finished, new work is refused.
+    connection = server.stream(PARIS | {"max_tokens": 60, "ignore_eos": True})
+    server.popen.send_signal(signal.SIGTERM)
+    server.until(lambda: server.get("/readyz")[0] == 503)
+    assert server.get("/v1/chat/completions", PARIS)[0] == 503
+    raw = server.first + read_all(connection)
+    assert raw.count(b'"finish_reason":"length"') == 1
+    assert server.wait() == 0
+    log = server.log.read_text()
+    assert re.search(r"ready in \d+\.\d+ s: open model .*warm up", log)
+    assert "Traceback" not in log
+
+
+def test_a_second_signal_aborts_what_runs(start) -> None:
+    server = start()
+    server.until_ready()
+    connection = server.stream(PARIS | {"max_tokens": 4000, "ignore_eos": True})
+    server.popen.send_signal(signal.SIGINT)
+    server.until(lambda: server.get("/readyz")[0] == 503)
+    server.popen.send_signal(signal.SIGINT)
+    raw = server.first + read_all(connection)
+    assert raw.count(b'"finish_reason":"abort"') == 1 and b"[DONE]" in raw
+    assert server.wait() == 1
+    assert "aborting 1 requests" in server.log.read_text()
+
+
+def test_a_unix_socket_serves_as_well(start, tmp_path: Path) -> None:
+    path = tmp_path / "server.sock"
+    server = start(ASYNCLLM_SERVER__UNIX_SOCKET=str(path))
+    server.until(lambda: path.exists() or server.popen.poll() is not None)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in connection.recv(65536)
+    server.popen.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ASYNCLLM_MODEL__PATH": "no-such-model"}, "no-such-model"),
+        ({"ASYNCLLM_MODEL__PATH": "{broken}"}, "broken.gguf"),
+        ({"ASYNCLLM_CACHE__MEMORY_GIB": "100000", "ASYNCLLM_CACHE__NUM_BLOCKS": "0"}, "memory_gib"),
+        ({"ASYNCLLM_MODEL__DEVICE": "cuda:7"}, "cuda:7"),
+        ({"ASYNCLLM_SERVER__HOST": "203.0.113.1"}, "cannot listen on 203.0.113.1"),
+    ],
+)
+def test_a_start_that_cannot_succeed_is_one_clear_line(start, tmp_path: Path, environment: dict, said: str) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF\x03\x00\x00\x00 and nothing more")
+    server = start(**{name: value.format(broken=broken) for name, value in environment.items()})
+    assert server.wait() == 1
+    log = server.log.read_text()
+    lines = [line for line in log.splitlines() if line.startswith("asyncllm-server: ")]
+    assert len(lines) == 1 and said in lines[0], log
+    assert "Traceback" not in log
+
+
+def test_a_taken_port_is_one_clear_line(start) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = start(ASYNCLLM_SERVER__PORT=str(taken.getsockname()[1]))
+        assert server.wait() == 1
+        assert re.search(r"^asyncllm-server: cannot listen on .*in use", server.log.read_text(), re.MULTILINE)
+
+
+def test_the_configuration_can_be_checked_and_printed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "asyncllm"]
+    printed = subprocess.run([*command, "--print-default"], capture_output=True, text=True, check=True).stdout
+    file = tmp_path / "config.toml"
+    file.write_text(printed)
+    checked = subprocess.run([*command, "--check", str(file)], capture_output=True, text=True, check=True).stdout
+    assert json.loads(checked)["server"]["port"] == 8000
+    file.write_text("[server]\nprot = 1\n")
+    wrong = subprocess.run([*command, "--check", str(file)], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr == f"asyncllm-server: {file}:2: unknown key server.prot; did you mean 'port'?\n"

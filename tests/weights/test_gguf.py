@@ -1,0 +1,162 @@
+"""GGUF files: written by gguf's own writer, read by ours."""
+
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncllm.attention.torch_attention import TorchAttention
+from asyncllm.errors import StartupError
+from asyncllm.weights.checkpoint import open_checkpoint
+from asyncllm.weights.gguf_header import read_header
+from asyncllm.weights.loader import load_model
+from tests.models.paged import PagedRunner
+from tests.weights.tiny import llama, save_gguf
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # rows of whole quantization blocks
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    save_gguf(path, llama(vocab_size=259))
+    return path
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])
+def test_tensors_are_what_gguf_dequantizes(tmp_path: Path, kind: Kind) -> None:
+    path = tmp_path / "model.gguf"
+    expected = save_gguf(path, llama(vocab_size=259, **WIDE), kind)
+    checkpoint = open_checkpoint(str(path))
+    tensors = dict(checkpoint.tensors())
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32
+        numpy.testing.assert_array_equal(tensor.numpy(), expected[name], err_msg=name)
+    plain = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
+    assert checkpoint.architecture.dtype == plain.get(kind, "bfloat16")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_logits_are_those_of_the_model_that_was_written(tmp_path: Path, tied: bool, biases: bool) -> None:
+    reference = llama(vocab_size=259, tie_word_embeddings=tied, attention_bias=biases, mlp_bias=biases)
+    save_gguf(tmp_path / "model.gguf", reference)
+    model = load_model(open_checkpoint(str(tmp_path)), TorchAttention(), torch.float32, torch.device("cpu"))
+    tokens = list(range(3, 20))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(PagedRunner(model).step([("a", tokens)])[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_metadata_reads_as_the_reference_reader_has_it(small_file: Path) -> None:
+    header, reference = read_header(small_file), gguf.GGUFReader(small_file)
+    for key, field in reference.fields.items():
+        if not key.startswith("GGUF."):
+            assert header.metadata[key] == field.contents(), key
+    for ours, theirs in zip(header.tensors, reference.tensors, strict=True):
+        assert (ours.name, ours.type, ours.offset) == (theirs.name, theirs.tensor_type, theirs.data_offset)
+        assert ours.shape == tuple(int(size) for size in theirs.shape[::-1])
+
+
+def assert_refused(path: Path, *words: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        open_checkpoint(str(path))
+    assert "\n" not in caught.value.message
+    assert str(path) in caught.value.message
+    for word in words:
+        assert word in caught.value.message
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "empty.gguf"
+    path.touch()
+    assert_refused(path, "empty")
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "page.gguf"
+    path.write_text("<!DOCTYPE html><html>rate limited</html>")
+    assert_refused(path, "not a GGUF file")
+
+
+@pytest.mark.parametrize("version", [1, 4, 3 << 24])
+def test_an_unknown_version_is_refused(tmp_path: Path, small_file: Path, version: int) -> None:
+    data = bytearray(small_file.read_bytes())
+    data[4:8] = version.to_bytes(4, "little")
+    path = tmp_path / "version.gguf"
+    path.write_bytes(data)
+    assert_refused(path, f"version {version}")
+
+
+@pytest.mark.parametrize("share", [0.00003, 0.001, 0.01, 0.03, 0.5, 0.999])
+def test_a_file_cut_short_is_refused(tmp_path: Path, small_file: Path, share: float) -> None:
+    data = small_file.read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(data[: int(len(data) * share)])
+    assert_refused(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.integers(0, 1 << 30), value=st.integers(0, 255))
+def test_one_wrong_byte_in_the_header_is_a_startup_error_or_harmless(small_file: Path, place: int, value: int) -> None:
+    data = bytearray(small_file.read_bytes())
+    first_tensor = read_header(small_file).tensors[0].offset
+    data[place % first_tensor] = value
+    path = small_file.with_name("flipped.gguf")
+    path.write_bytes(data)
+    try:
+        checkpoint = open_checkpoint(str(path))
+        checkpoint.tokenizer()
+    except StartupError as error:
+        assert "\n" not in error.message
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, ["yarn"]),
+        ({"llama.rope.dimension_count": 4}, ["rope over 4 of 12"]),
+        ({"tokenizer.ggml.pre": "tekken"}, ["tekken", "smollm"]),
+        ({"tokenizer.ggml.bos_token_id": 999}, ["bos_token_id = 999"]),
+        ({"llama.block_count": "many"}, ["llama.block_count", "expected int"]),
+    ],
+)
+def test_what_is_not_served_is_named(tmp_path: Path, extra: dict[str, object], words: list[str]) -> None:
+    path = tmp_path / "other.gguf"
+    save_gguf(path, llama(vocab_size=259), extra=extra)
+    assert_refused(path, *words)
+
+
+def test_another_architecture_is_refused_with_those_served(tmp_path: Path) -> None:
+    path = tmp_path / "mamba.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert_refused(path, "architecture mamba is not served; served: llama")
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "short.gguf"
+    save_gguf(path, llama(vocab_size=259), leave_out=("llama.feed_forward_length",))
+    assert_refused(path, "llama.feed_forward_length is missing")
+
+
+def test_a_type_gguf_cannot_dequantize_is_named_on_loading(tmp_path: Path) -> None:
+    path = tmp_path / "ints.gguf"
+    save_gguf(path, llama(vocab_size=259))
+    data = bytearray(path.read_bytes())
+    name = b"blk.1.ffn_up.weight"
+    # Behind the name: number of dimensions (4 bytes), two dimensions (16), type (4): 26 is I32.
+    place = data.index(name) + len(name) + 20
+    data[place : place + 4] = (26).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(StartupError, match=r"tensor blk.1.ffn_up.weight: type I32 cannot be dequantized"):
+        list(open_checkpoint(str(path)).tensors())
