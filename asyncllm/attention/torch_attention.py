@@ -33,9 +33,12 @@ class TorchAttention:
         slots = metadata.slot_mapping[:, None]  # [N, 1]
         blocks, offsets = slots // block_size, slots % block_size
         key_rows = ((blocks * num_kv_heads + heads) * block_size + offsets).flatten()  # [N * K]
-        decodes = [_decode_group(metadata, kv_cache, rows) for rows in split_decode_rows(metadata)]
+        lengths = metadata.seq_lens_host[: metadata.num_decode_rows]
+        decodes = [_decode_group(metadata, kv_cache, rows) for rows in split_decode_rows(lengths)]
         prefills = _prefills(metadata, kv_cache)
-        num_gathered = max([group.pages.numel() for group in (*decodes, *prefills) if group.pages is not None], default=0)
+        num_gathered = max(
+            [group.pages.numel() for group in (*decodes, *prefills) if group.pages is not None], default=0
+        )
         return _TorchStep(
             key_rows=key_rows,
             value_rows=key_rows + num_blocks * num_kv_heads * block_size,
@@ -68,15 +71,14 @@ class _Prefill:
     pages: Tensor | None  # [2 * K * P], None where nothing precedes the query
 
 
-def split_decode_rows(metadata: AttentionMetadata) -> list[list[int]]:
-    """Group decode rows by length, so that one long row does not make all others gather as much.
+def split_decode_rows(lengths: list[int]) -> list[list[int]]:
+    """Group rows by length, so that one long row does not make all others gather as much.
 
     Longest first; a row opens a new group when that spares it and all shorter ones enough padding.
     """
-    num_rows = metadata.num_decode_rows
+    num_rows = len(lengths)
     if num_rows == 0:
         return []
-    lengths = metadata.seq_lens_host
     order = sorted(range(num_rows), key=lambda row: -lengths[row])
     groups: list[list[int]] = [[]]
     longest = lengths[order[0]]

@@ -97,8 +97,8 @@ def _num_blocks(cache: CacheConfig, block_bytes: int, default_bytes: int, availa
     budget = int(cache.memory_gib * GIB) if cache.memory_gib else default_bytes
     if budget < 2 * block_bytes:
         raise StartupError(
-            f"the KV cache has room for {max(0, budget):,} bytes of {_gib(available_bytes)} available, but one block "
-            f"and the null block need {2 * block_bytes:,}: raise cache.memory_gib, or lower scheduler.max_batched_tokens"
+            f"the KV cache may take {max(0, budget):,} bytes of {_gib(available_bytes)} available, but one block and "
+            f"the null block need {2 * block_bytes:,}: raise cache.memory_gib or lower scheduler.max_batched_tokens"
         )
     return budget // block_bytes
 

@@ -109,7 +109,7 @@ class Sampler:
         values, ids = topk(z, width)  # [r, width]
         cut = cut_sorted(z, values, limits)
         if width > _MAX_GATHERED or width == self._vocab_size:
-            # Every candidate was sorted, or a top_k so large that few others equal its last: the cut stands.
+            # The cut is exact: top_k lies within the width, or the width is the vocabulary.
             return self._draw_above(z, cut, keys)
         ids, order = ids.sort(-1)
         candidates = values.gather(1, order)
@@ -129,7 +129,7 @@ class Sampler:
         return argmax(cut.drop(self._noise.race(z.clone(), keys), z))
 
     def _width(self, limits: Limits) -> int:
-        """How many of the largest logits to look at: enough for every top_k and one more, to see where its equals end."""
+        """How many of the largest logits to look at: every top_k and one more, to see where its equals end."""
         if self._device.type != "cpu":
             # A device that runs ahead of the host must not be asked whether 64 were enough; there a sort is cheap.
             return self._vocab_size

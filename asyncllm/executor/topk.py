@@ -15,7 +15,7 @@ def argmax(z: Tensor) -> Tensor:
     """Index of each row's largest value, the lowest where several are equal. z [R, V]; returns [R] int64."""
     num_rows, width = z.shape
     num_blocks = width // _BLOCK
-    if z.is_cuda or num_blocks < 2 * _BLOCK:
+    if z.device.type != "cpu" or num_blocks < 2 * _BLOCK:
         return z.argmax(-1)
     blocks = z[:, : num_blocks * _BLOCK].view(num_rows, num_blocks, _BLOCK)
     # The first of the best blocks holds the first of the best values.
@@ -40,7 +40,7 @@ def topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == width:
         values, indices = z.sort(-1, descending=True)
         return values, indices
-    if z.is_cuda or num_blocks < 4 * k:
+    if z.device.type != "cpu" or num_blocks < 4 * k:
         return z.topk(k)
     body = num_blocks * _BLOCK
     blocks = z[:, :body].view(num_rows, num_blocks, _BLOCK)

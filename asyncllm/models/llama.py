@@ -32,7 +32,9 @@ class LlamaAttention(nn.Module):
         self.qkv_proj = Linear(hidden_size, sum(parts.values()), qkv_bias, parts)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, output_bias)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], step: AttentionStep, kv_cache: Tensor) -> Tensor:  # hot
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], step: AttentionStep, kv_cache: Tensor
+    ) -> Tensor:  # hot
         """[N, hidden] -> [N, hidden]."""
         num_rotated = self.num_heads + self.num_kv_heads
         heads = self.qkv_proj(x).view(x.shape[0], num_rotated + self.num_kv_heads, self.head_dim)

@@ -74,7 +74,9 @@ class GGUFCheckpoint:
                 # dequantize wants rows of bytes; the plain float types are views of the whole.
                 flat = gguf.quants.dequantize(stored.reshape(-1, num_bytes // _num_rows(info)), kind)
             except NotImplementedError:
-                raise StartupError(f"{self._path}: tensor {info.name}: type {kind.name} cannot be dequantized") from None
+                raise StartupError(
+                    f"{self._path}: tensor {info.name}: type {kind.name} cannot be dequantized"
+                ) from None
             name = hugging_face_name(self._path, info.name)
             # A float32 tensor is a read-only view of the map; torch wants memory it may write.
             tensor = torch.from_numpy(flat if flat.flags.writeable else flat.copy()).reshape(info.shape)

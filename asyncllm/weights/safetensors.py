@@ -121,4 +121,6 @@ def _load_tokenizer(directory: Path) -> "Tokenizer":
         return AutoTokenizer.from_pretrained(directory).backend_tokenizer
     except Exception as error:  # whatever a converter meets in a stranger's files
         reason = str(error).strip().partition("\n")[0]
-        raise StartupError(f"{directory}: no tokenizer.json, and its tokenizer cannot be converted: {show(reason)}") from None
+        raise StartupError(
+            f"{directory}: no tokenizer.json, and its tokenizer cannot be converted: {show(reason)}"
+        ) from None

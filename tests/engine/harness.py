@@ -117,9 +117,11 @@ def expected_tokens(
     while len(tokens) < min(len(prompt) + params.max_tokens, max_length):
         num_output = len(tokens) - len(prompt)
         banned = list(params.stop_token_ids) if num_output < params.min_tokens else []
-        banned += [
-            word[-1] for word in params.bad_words if tuple(tokens[len(tokens) - len(word) + 1 :]) == tuple(word[:-1])
-        ]
+        output = tokens[len(prompt) :]
+        for word in params.bad_words:
+            before = list(word[:-1])
+            if len(output) >= len(before) and output[len(output) - len(before) :] == before:
+                banned.append(word[-1])
         tokens.append(choose(next_token, tokens, banned, vocab_size))
         if tokens[-1] in params.stop_token_ids:
             return tokens[len(prompt) :], FinishReason.STOP

