@@ -11,7 +11,7 @@ help:
 	@echo "make serve   run the server with $(CONFIG) (any key by environment: ASYNCLLM_SERVER__PORT=9000 make serve)"
 	@echo "make test    all tests        make lint     ruff and mypy"
 	@echo "make bench   against transformers serve, interleaved; one JSON line last"
-	@echo "make docs    regenerate docs/configuration.md"
+	@echo "make docs    regenerate docs/configuration.md and docs/metrics.md"
 
 # torch first and pinned: a looser request fetches gigabytes of CUDA packages on machines that have no use for them.
 $(VENV)/.installed: setup.cfg setup.py
@@ -48,6 +48,7 @@ format: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m asyncllm.config > docs/configuration.md
+	$(BIN)/python -m asyncllm.metrics > docs/metrics.md
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m perf.compare

@@ -40,6 +40,12 @@ FINE_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
+LABELLED_HELP = {
+    "request_success": "Finished choices",
+    "admission_rejections": "Requests refused before the queue",
+    "http_requests": "HTTP responses",
+    "http_errors": "Error responses",
+}
 STEP_PHASES = ("schedule", "launch", "wait", "commit")
 
 
@@ -181,6 +187,15 @@ class Metrics:
         self.ring_depth["requests"] = requests
         self.ring_depth["outputs"] = outputs
 
+    def labelled_counters(self) -> list[tuple[str, LabelledCounter]]:
+        """Counters by label values, with their names."""
+        return [
+            ("request_success", self.finished),
+            ("admission_rejections", self.rejected),
+            ("http_requests", self.http_requests),
+            ("http_errors", self.errors),
+        ]
+
     # --- the way out ------------------------------------------------------------------------------------------------
 
     @property
@@ -249,13 +264,8 @@ class _Exporter(Collector):
         ]
         for name, help_text, value in rows:
             yield self._family(CounterMetricFamily, name, help_text, {(): value}, ())
-        labelled = [
-            ("request_success", "Finished choices", metrics.finished),
-            ("admission_rejections", "Requests refused before the queue", metrics.rejected),
-            ("http_requests", "HTTP responses", metrics.http_requests),
-            ("http_errors", "Error responses", metrics.errors),
-        ]
-        for name, help_text, counter in labelled:
+        for name, counter in metrics.labelled_counters():
+            help_text = LABELLED_HELP[name]
             yield self._family(CounterMetricFamily, name, help_text, counter.values, counter.labels)
 
     def _histograms(self) -> Iterator[Metric]:
@@ -297,3 +307,31 @@ class _Exporter(Collector):
         for key, histogram in histograms.items():
             family.add_metric((self._metrics.model_name, *key), histogram.buckets(), histogram.total)
         return family
+
+
+def markdown() -> str:
+    """docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `asyncllm/metrics.py` by `python -m asyncllm.metrics`; a test holds it to that.",
+        "",
+        "`GET /metrics` speaks the Prometheus text format. Names start with `asyncllm:`; `[metrics] prefix` changes that,",
+        'and `prefix = "vllm"` gives vLLM\'s names where both have the figure. Counters get `_total` behind their name.',
+        "Every sample has the label `model_name`. The process's CPU, memory and file descriptors come as `process_*`.",
+        "",
+        "| name | type | labels | what it is |",
+        "|---|---|---|---|",
+    ]
+    labels = {"ring_depth": "ring", "startup_seconds": "phase", "step_seconds": "phase"}
+    metrics = Metrics("asyncllm", "")
+    for name, counter in metrics.labelled_counters():
+        labels[name] = ", ".join(counter.labels)
+    for family in _Exporter(metrics).collect():
+        label = labels.get(family.name.removeprefix("asyncllm:"), "")
+        lines.append(f"| `{family.name}` | {family.type} | {label} | {family.documentation} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

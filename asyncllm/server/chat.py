@@ -4,7 +4,7 @@ from aiohttp import web
 
 from asyncllm.router.stream import Delta
 from asyncllm.server import params
-from asyncllm.server.job import Choice, Job, admit, prepare, respond
+from asyncllm.server.job import Asked, Choice, Job, admit, prepare, respond
 from asyncllm.server.logprobs import TokenText, chat_logprobs
 from asyncllm.server.responses import (
     ChatChoice,
@@ -39,13 +39,16 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     job = await admit(
         request,
         arrived,
-        prefix="chatcmpl",
-        prompts=[prompt],
-        num_choices=body.n or 1,
-        max_tokens=params.resolve_max_tokens(body, chat=True),
-        default_max_tokens=None,
-        logprobs=logprobs,
-        param="messages",
+        Asked(
+            prefix="chatcmpl",
+            param="messages",
+            prompts=[prompt],
+            num_choices=body.n or 1,
+            max_tokens=params.resolve_max_tokens(body, chat=True),
+            default_max_tokens=None,
+            logprobs=logprobs,
+            prompt_logprobs=body.prompt_logprobs,
+        ),
     )
     return await respond(request, job, ChatFrames(job), chat_body)
 

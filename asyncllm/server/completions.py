@@ -4,7 +4,7 @@ from aiohttp import web
 
 from asyncllm.router.stream import Delta
 from asyncllm.server import params
-from asyncllm.server.job import Choice, Job, admit, prepare, respond
+from asyncllm.server.job import Asked, Choice, Job, admit, prepare, respond
 from asyncllm.server.logprobs import append_completion_logprobs, append_token
 from asyncllm.server.responses import (
     Completion,
@@ -40,17 +40,25 @@ async def completions(request: web.Request) -> web.StreamResponse:
     job = await admit(
         request,
         arrived,
-        prefix="cmpl",
-        prompts=token_ids,
-        num_choices=made,
-        max_tokens=params.resolve_max_tokens(body, chat=False),
-        default_max_tokens=DEFAULT_MAX_TOKENS,
-        logprobs=logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
-        param="prompt",
+        Asked(
+            prefix="cmpl",
+            param="prompt",
+            prompts=token_ids,
+            num_choices=made,
+            max_tokens=params.resolve_max_tokens(body, chat=False),
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            logprobs=logprobs,
+            prompt_logprobs=_prompt_logprobs(body),
+        ),
     )
     answer = CompletionAnswer(job, body, keep, made)
     return await respond(request, job, answer, answer.whole)
+
+
+def _prompt_logprobs(body: CompletionRequest) -> int | None:
+    """Alternatives per prompt token: asked for by name, or by echo with logprobs."""
+    wanted = [body.prompt_logprobs, body.logprobs if body.echo else None]
+    return max((number for number in wanted if number is not None), default=None)
 
 
 class CompletionAnswer:

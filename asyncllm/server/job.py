@@ -5,7 +5,6 @@ that can be refused is refused before the status line.
 """
 
 import difflib
-import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -39,6 +38,19 @@ class Arrived(msgspec.Struct, Generic[R]):
     headers: dict[str, str]  # for the answer
     arrival_s: float
     capacity: Capacity
+
+
+class Asked(msgspec.Struct, kw_only=True):
+    """What one of the APIs makes of its body, once there are tokens."""
+
+    prefix: str  # of the public id
+    param: str  # the field that holds the prompt, for errors
+    prompts: list[list[int]]
+    num_choices: int  # per prompt
+    max_tokens: int | None
+    default_max_tokens: int | None  # where none was asked for; None = what is left of the context
+    logprobs: int | None
+    prompt_logprobs: int | None
 
 
 class Choice(msgspec.Struct):
@@ -126,67 +138,25 @@ def ignored(unknown: list[str], struct: type[msgspec.Struct], serving: Serving) 
     return ",".join(quote(name[:200], safe="._-$[]") for name in unknown)[:MAX_HEADER_CHARS]
 
 
-async def admit(
-    request: web.Request,
-    arrived: Arrived[Any],
-    *,
-    prefix: str,
-    prompts: list[list[int]],
-    num_choices: int,
-    max_tokens: int | None,
-    default_max_tokens: int | None,
-    logprobs: int | None,
-    param: str,
-    prompt_logprobs: int | None = None,
-) -> Job:
+async def admit(request: web.Request, arrived: Arrived[Any], asked: Asked) -> Job:
     """Check what needs the tokens, build every choice and hand them all to the router, or none.
 
     Raises ContextLengthExceeded, InvalidRequest, Overloaded or Unavailable.
     """
     serving, body = request.app[SERVING], arrived.body
-    router, capacity = serving.router, arrived.capacity
-    if len(prompts) * num_choices > serving.config.api.max_choices:
+    router, limits = serving.router, serving.config.scheduler
+    if len(asked.prompts) * asked.num_choices > serving.config.api.max_choices:
         raise InvalidRequest(
-            f"{len(prompts)} prompts x {num_choices} choices: at most {serving.config.api.max_choices} in one request "
-            "(api.max_choices).",
+            f"{len(asked.prompts)} prompts x {asked.num_choices} choices: at most {serving.config.api.max_choices} in "
+            "one request (api.max_choices).",
             param="n",
         )
-    timeout_s = params.request_timeout(
-        body.timeout,
-        request.headers.get("X-Request-Timeout"),
-        serving.config.scheduler.default_timeout_s,
-        serving.config.scheduler.max_timeout_s,
-    )
+    header = request.headers.get("X-Request-Timeout")
+    timeout_s = params.request_timeout(body.timeout, header, limits.default_timeout_s, limits.max_timeout_s)
     bad_words = await router.encode_bad_words(body.bad_words) if body.bad_words else ()
-    asked = body.prompt_logprobs
-    if asked is not None:
-        prompt_logprobs = asked if prompt_logprobs is None else max(asked, prompt_logprobs)
-    choices = []
-    seeds = itertools.count()
-    for prompt_index, prompt in enumerate(prompts):
-        fitted = params.fit_max_tokens(max_tokens, default_max_tokens, len(prompt), capacity.max_context_length, param)
-        make = params.sampling_params(
-            body,
-            max_tokens=fitted,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            eos_token_ids=router.tokenizer.eos_token_ids,
-            bad_words=bad_words,
-        )
-        for _ in range(num_choices):
-            choices.append(
-                ChoiceInput(
-                    prompt_token_ids=prompt,
-                    params=make(next(seeds)),
-                    stop=params.stop_strings(body),
-                    include_stop=bool(body.include_stop_str_in_output),
-                    skip_special_tokens=body.skip_special_tokens is not False,
-                    prompt_index=prompt_index,
-                )
-            )
-    request_id = f"{prefix}-{request[REQUEST_ID]}"
+    choices = build_choices(arrived, asked, bad_words, router.tokenizer.eos_token_ids)
     stream = router.submit(
-        request_id,
+        f"{asked.prefix}-{request[REQUEST_ID]}",
         choices,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
@@ -201,7 +171,7 @@ async def admit(
         fingerprint=serving.fingerprint,
         stream=stream,
         choices=choices,
-        num_choices_per_prompt=num_choices,
+        num_choices_per_prompt=asked.num_choices,
         streamed=bool(body.stream),
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
@@ -209,6 +179,40 @@ async def admit(
         token_text=TokenText(router.tokenizer),
         decode_prompt=router.tokenizer.decode,
     )
+
+
+def build_choices(
+    arrived: Arrived[Any], asked: Asked, bad_words: tuple[tuple[int, ...], ...], eos_token_ids: tuple[int, ...]
+) -> list[ChoiceInput]:
+    """Every choice of every prompt. A prompt's choices have seeds seed, seed + 1, …, in a batch as alone."""
+    body, choices = arrived.body, []
+    stop = params.stop_strings(body)
+    first_seed = params.first_seed(body)
+    for prompt_index, prompt in enumerate(asked.prompts):
+        max_tokens = params.fit_max_tokens(
+            asked.max_tokens, asked.default_max_tokens, len(prompt), arrived.capacity.max_context_length, asked.param
+        )
+        sampling = params.sampling_params(
+            body,
+            max_tokens=max_tokens,
+            logprobs=asked.logprobs,
+            prompt_logprobs=asked.prompt_logprobs,
+            eos_token_ids=eos_token_ids,
+            bad_words=bad_words,
+            seed=first_seed,
+        )
+        choices += [
+            ChoiceInput(
+                prompt_token_ids=prompt,
+                params=params.with_seed(sampling, first_seed + index),
+                stop=stop,
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special_tokens=body.skip_special_tokens is not False,
+                prompt_index=prompt_index,
+            )
+            for index in range(asked.num_choices)
+        ]
+    return choices
 
 
 async def respond(

@@ -5,8 +5,9 @@ Nothing here waits or computes: a request is refused or turned into parameters b
 
 import re
 import secrets
-from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from asyncllm.errors import ContextLengthExceeded, InvalidRequest, show
 from asyncllm.server.wire import ChatCompletionRequest, CompletionRequest, GenerationRequest, Message
@@ -192,7 +193,8 @@ def fit_max_tokens(asked: int | None, default: int | None, num_prompt_tokens: in
     if asked > left:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {context} tokens. However, you asked for "
-            f"{num_prompt_tokens + asked} tokens ({num_prompt_tokens} in the prompt, {asked} in the answer). Please lower max_tokens to {left}.",
+            f"{num_prompt_tokens + asked} tokens ({num_prompt_tokens} in the prompt, {asked} in the answer). Please "
+            f"lower max_tokens to {left}.",
             param="max_tokens",
         )
     return asked
@@ -214,8 +216,12 @@ def sampling_params(
     prompt_logprobs: int | None,
     eos_token_ids: tuple[int, ...],
     bad_words: tuple[tuple[int, ...], ...],
-) -> Callable[[int], SamplingParams]:
-    """A maker of parameters for the i-th choice: equal but for the seed, which is seed + i."""
+    seed: int,
+) -> SamplingParams:
+    """The request's parameters with defaults in place of what it left out.
+
+    Raises InvalidRequest where min_tokens does not fit the tokens that are left.
+    """
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequest(
@@ -224,25 +230,33 @@ def sampling_params(
     stop_token_ids = tuple(
         dict.fromkeys([*(request.stop_token_ids or ()), *(() if request.ignore_eos else eos_token_ids)])
     )
-    seed = secrets.randbits(63) if request.seed is None else request.seed
-    top_k = request.top_k or 0
-    fields: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "min_tokens": min_tokens,
-        "temperature": _or(request.temperature, 1.0),
-        "top_p": _or(request.top_p, 1.0),
-        "top_k": max(top_k, 0),
-        "min_p": request.min_p or 0.0,
-        "presence_penalty": request.presence_penalty or 0.0,
-        "frequency_penalty": request.frequency_penalty or 0.0,
-        "repetition_penalty": _or(request.repetition_penalty, 1.0),
-        "logit_bias": tuple((request.logit_bias or {}).items()),
-        "stop_token_ids": stop_token_ids,
-        "bad_words": bad_words,
-        "logprobs": logprobs,
-        "prompt_logprobs": prompt_logprobs,
-    }
-    return lambda index: SamplingParams(**fields, seed=_int64(seed + index))
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=_or(request.temperature, 1.0),
+        top_p=_or(request.top_p, 1.0),
+        top_k=max(request.top_k or 0, 0),
+        min_p=request.min_p or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        seed=_int64(seed),
+        logit_bias=tuple((request.logit_bias or {}).items()),
+        stop_token_ids=stop_token_ids,
+        bad_words=bad_words,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def first_seed(request: GenerationRequest) -> int:
+    """The seed of a prompt's first choice: the client's, or a random one."""
+    return secrets.randbits(63) if request.seed is None else request.seed
+
+
+def with_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
+    """The same parameters with another seed, wrapped into 64 bits."""
+    return msgspec.structs.replace(sampling, seed=_int64(seed))
 
 
 def _or(value: float | None, default: float) -> float:

@@ -187,6 +187,7 @@ def test_a_refusal_is_told_even_when_nothing_else_runs(serve: Callable[..., Loop
     loop = serve(num_blocks=4)
     loop.engine.submit(submit(1, list(range(50))))
     loop.until_finished(1)
+    assert loop.finished[1].reason is FinishReason.ERROR
 
 
 def test_an_abort_while_waiting_frees_the_queue(serve: Callable[..., Loop]) -> None:
@@ -226,6 +227,7 @@ def test_an_abort_of_a_request_that_ended_is_harmless(serve: Callable[..., Loop]
     loop.engine.abort(1)
     loop.engine.submit(submit(2, [1, 2, 3]))
     loop.until_finished(2)
+    assert loop.tokens[1] == loop.tokens[2]
 
 
 def test_a_full_ring_refuses_requests_but_loses_no_abort(serve: Callable[..., Loop]) -> None:

@@ -25,6 +25,12 @@ def test_argmax_finds_the_largest_in_the_ragged_end():
     assert argmax(z).tolist() == [16390, 16384, 16383]
 
 
+def test_argmax_prefers_the_body_to_an_equal_in_the_ragged_end():
+    z = torch.zeros(1, 16384 + 7)
+    z[0, [9000, 16388]] = 1
+    assert argmax(z).tolist() == [9000]
+
+
 def test_argmax_of_a_row_that_is_banned_but_for_one():
     z = torch.full((1, 49152), -torch.inf)
     z[0, 40000] = -1e30

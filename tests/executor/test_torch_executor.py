@@ -5,7 +5,7 @@ import torch
 
 from asyncllm.executor.warm_up import warm_up
 from asyncllm.types import SamplingParams
-from tests.executor.reference import random_params
+from tests.executor.reference import random_params, sample
 from tests.executor.tiny_model import VOCAB, Driver, Sequence, TinyModel, tiny_executor
 
 
@@ -39,6 +39,14 @@ def test_greedy_tokens_are_those_of_a_forward_without_pages():
     sequence = alone([3, 1, 4, 1, 5, 9, 2], params(temperature=0.0), 20)
     for end in range(7, 27):
         assert sequence.tokens[end] == int(full_logits(sequence.tokens[:end])[-1].argmax())
+
+
+def test_the_noise_of_a_token_is_that_of_its_index_in_the_sequence():
+    sequence = Sequence([3, 1, 4, 1, 5], params(seed=77))
+    Driver(tiny_executor()).run([sequence], 20, chunk=2)
+    for end in range(5, 25):
+        logits = full_logits(sequence.tokens[:end])[-1].tolist()
+        assert sequence.tokens[end] == sample(logits, sequence.params, [], [], position=end)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 16])
@@ -93,10 +101,11 @@ def test_penalties_survive_a_preemption():
 def test_a_slot_takes_on_the_parameters_of_its_next_sequence():
     driver = Driver(tiny_executor(max_sequences=1))
     first = Sequence([1, 2], params(temperature=0.0))
-    driver.run([first], 3)
+    driver.run([first], 12)
     driver.preempt(first)
     second = Sequence([1, 2], params(temperature=2.0, seed=99))
-    assert driver.run([second], 3) == [alone([1, 2], params(temperature=2.0, seed=99), 3).output]
+    assert driver.run([second], 12) == [alone([1, 2], params(temperature=2.0, seed=99), 12).output]
+    assert second.output != first.output
 
 
 def test_a_shorter_sequence_does_not_see_the_blocks_of_the_one_before_it():
@@ -184,4 +193,6 @@ def test_warm_up_changes_nothing_a_request_could_see():
 
 
 def test_warm_up_keeps_to_small_limits():
-    warm_up(tiny_executor(max_sequences=1, num_blocks=3, max_context_length=5), max_batched_tokens=3)
+    executor = tiny_executor(max_sequences=1, num_blocks=3, max_context_length=5)
+    warm_up(executor, max_batched_tokens=3)
+    assert not executor.slots.block_table[:-1].any(), "only the padding slot was used"

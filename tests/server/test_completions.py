@@ -65,6 +65,13 @@ async def test_a_prompt_seen_before_is_found_in_the_cache() -> None:
         assert cached == [0, 8, 0]
 
 
+async def test_a_prompts_choices_have_the_same_seeds_in_a_batch_as_alone() -> None:
+    async with running() as server:
+        await server.complete(prompt=["abc", "xyz"], n=2, seed=2**63 - 1, max_tokens=1)
+        seeds = [new.params.seed for plan in server.executor.plans for new in plan.new_slots]
+        assert sorted(seeds) == [-(2**63), -(2**63), 2**63 - 1, 2**63 - 1]
+
+
 async def test_echo_puts_the_prompt_in_front() -> None:
     async with running() as server:
         answer = await server.complete(prompt="abc", echo=True, max_tokens=2)
