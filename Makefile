@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 CONFIG ?= deploy/config.toml
+# What make bench measures; python -m perf.compare --help lists the rest.
+BENCH ?= --requests-per-stream 1 --starts 1 --memory-soak 500
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -51,10 +53,10 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m asyncllm.metrics > docs/metrics.md
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m perf.compare
+	$(BIN)/python -m perf.compare $(BENCH)
 
 bench-load: $(VENV)/.installed-bench
-	$(BIN)/python -m perf.load
+	$(BIN)/python -m perf.load --url http://127.0.0.1:8000 $(LOAD)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

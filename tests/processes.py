@@ -23,7 +23,7 @@ DEADLINE_S = 60.0  # for things that take a second or two
 class Process:
     """A server process on a free port, and what it printed."""
 
-    def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, log: Path, *arguments: str, module: str = "asyncllm", **environment: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -31,7 +31,7 @@ class Process:
         self.log = log
         with log.open("wb") as output:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "asyncllm", *arguments], env=os.environ | settings, stdout=output, stderr=output
+                [sys.executable, "-m", module, *arguments], env=os.environ | settings, stdout=output, stderr=output
             )
 
     def get(self, path: str, body: dict | None = None) -> tuple[int, bytes]:
@@ -98,8 +98,8 @@ def processes(directory: Path) -> Iterator:
     """A function that starts servers; whatever still runs at the end is killed."""
     started: list[Process] = []
 
-    def start(*arguments: str, **environment: str) -> Process:
-        process = Process(directory / f"log{len(started)}", *arguments, **environment)
+    def start(*arguments: str, module: str = "asyncllm", **environment: str) -> Process:
+        process = Process(directory / f"log{len(started)}", *arguments, module=module, **environment)
         started.append(process)
         return process
 

@@ -116,3 +116,22 @@ def test_the_configuration_can_be_checked_and_printed(tmp_path: Path) -> None:
     wrong = subprocess.run([*command, "--check", str(file)], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr == f"asyncllm-server: {file}:2: unknown key server.prot; did you mean 'port'?\n"
+
+
+def test_an_engine_that_dies_ends_the_stream_with_an_error_and_the_process_with_one(start) -> None:
+    server = start(module="tests.dying_server")
+    server.until_ready()
+    connection = server.stream({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400})
+    raw = server.first + (b"" if b"[DONE]" in server.first else read_all(connection))
+    connection.close()
+    assert raw.count(b'"content":"a"') == 9
+    assert b'"code":"engine_dead"' in raw and raw.rstrip().endswith(b"data: [DONE]")
+    assert server.wait() == 1
+    log = server.log.read_text()
+    assert "the engine died: the engine stopped: RuntimeError" in log and "the kernel did not launch" in log
+
+
+def test_the_server_starts_without_torch() -> None:
+    program = "import sys, asyncllm.server.lifecycle, tests.server.harness; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n", "torch is the engine thread's to import"

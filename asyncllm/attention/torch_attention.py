@@ -36,9 +36,8 @@ class TorchAttention:
         lengths = metadata.seq_lens_host[: metadata.num_decode_rows]
         decodes = [_decode_group(metadata, kv_cache, rows) for rows in split_decode_rows(lengths)]
         prefills = _prefills(metadata, kv_cache)
-        num_gathered = max(
-            [group.pages.numel() for group in (*decodes, *prefills) if group.pages is not None], default=0
-        )
+        pages = [group.pages for group in decodes] + [row.pages for row in prefills if row.pages is not None]
+        num_gathered = max((page_ids.numel() for page_ids in pages), default=0)
         return _TorchStep(
             key_rows=key_rows,
             value_rows=key_rows + num_blocks * num_kv_heads * block_size,

@@ -5,6 +5,7 @@ input are stacked (`qkv_proj`, `gate_up_proj`). Knows nothing of files or of how
 """
 
 import math
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -81,7 +82,8 @@ class LlamaModel(nn.Module):
         residual = self.embed_tokens(input_ids)
         rotation = self.rotary(positions, residual.dtype)
         branch: Tensor | None = None
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+        for module, kv_cache in zip(self.layers, kv_caches, strict=True):
+            layer = cast(LlamaLayer, module)
             norm = layer.input_layernorm
             x = norm(residual) if branch is None else norm.add_norm(branch, residual)
             branch = layer(x, residual, rotation, step, kv_cache)

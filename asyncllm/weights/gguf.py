@@ -85,7 +85,7 @@ class GGUFCheckpoint:
 
 
 def unpermute(tensor: "torch.Tensor", num_heads: int) -> "torch.Tensor":
-    """Rows of q or k, weight or bias, from GGUF's interleaved rope order (x0 y0 x1 y1 …) to halves (x0 x1 … y0 y1 …)."""
+    """Rows of q or k, weight or bias, from GGUF's interleaved rope order (x0 y0 x1 …) to halves (x0 x1 … y0 y1 …)."""
     pairs = tensor.shape[0] // num_heads // 2
     return tensor.reshape(num_heads, pairs, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 

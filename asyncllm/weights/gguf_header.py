@@ -1,7 +1,8 @@
 """Reads the header of a GGUF file: metadata and tensor directory, no tensor data.
 
 An own reader because building one numpy view per value, as the reference reader does, takes 2 s for a vocabulary of
-50,000 tokens; decoding straight from the map takes a twentieth. Knows the container, not what any key means. Any thread.
+50,000 tokens; decoding straight from the map takes a twentieth. Knows the container, not what any key means. Any
+thread.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

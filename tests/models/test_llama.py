@@ -24,8 +24,8 @@ VARIANTS = {
     "one-kv-head": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
-    "odd-sizes": {"vocab_size": 97, "hidden_size": 39, "intermediate_size": 53, "head_dim": 14, "num_attention_heads": 3,
-                  "num_key_value_heads": 3},
+    "odd-sizes": {"vocab_size": 97, "hidden_size": 39, "intermediate_size": 53, "head_dim": 14,
+                  "num_attention_heads": 3, "num_key_value_heads": 3},
     "wide-heads": {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
 }  # fmt: skip
 
@@ -113,5 +113,5 @@ def test_an_unknown_family_is_refused_with_those_served() -> None:
         family="mamba", vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1,
         head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4, max_position=8, tie_word_embeddings=True,
     )  # fmt: skip
-    with pytest.raises(StartupError, match="mamba.* is not served; served: llama"):
+    with pytest.raises(StartupError, match=r"mamba.* is not served; served: llama"):
         build_model(architecture, TorchAttention())
