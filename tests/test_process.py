@@ -124,7 +124,8 @@ def test_an_engine_that_dies_ends_the_stream_with_an_error_and_the_process_with_
     connection = server.stream({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400})
     raw = server.first + (b"" if b"[DONE]" in server.first else read_all(connection))
     connection.close()
-    assert raw.count(b'"content":"a"') == 9
+    text = b"".join(re.findall(rb'"content":"(a*)"', raw))  # deltas merge where the loop is late
+    assert text == b"a" * 9
     assert b'"code":"engine_dead"' in raw and raw.rstrip().endswith(b"data: [DONE]")
     assert server.wait() == 1
     log = server.log.read_text()
