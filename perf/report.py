@@ -4,6 +4,7 @@ Pure: knows results, starts nothing and measures nothing but the name of the mac
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -64,6 +65,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The line that ends the bench."""
         ours = self.servers.get(OURS, ServerFacts())
+        parameters = msgspec.to_builtins(self.params)
         return {
             "bench": "compare",
             **{name: medians(self.cells, name) for name in self.servers},
@@ -76,7 +78,8 @@ class Report:
             "num_failed": self.num_failed,
             "machine": msgspec.to_builtins(facts.machine()),
             "versions": facts.versions(),
-            "parameters": msgspec.to_builtins(self.params),
+            # The model by name: a result that is committed must not say where it lay on one machine.
+            "parameters": parameters | {"model": Path(parameters.get("model", "")).name},
         }
 
 
