@@ -146,10 +146,12 @@ class Metrics:
 
     def observe_first_token(self, seconds: float) -> None:
         """A choice's first token arrived at the loop, `seconds` after its request."""
+        self.generation_tokens += 1
         self.time_to_first_token.observe(seconds)
 
     def observe_inter_token(self, seconds: float, count: int = 1) -> None:  # hot: once per token
         """`count` tokens came, each `seconds` after the one before."""
+        self.generation_tokens += count
         self.inter_token.observe(seconds, count)
 
     def observe_finished(
@@ -166,7 +168,6 @@ class Metrics:
         self.finished.add(reason)
         self.prompt_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
-        self.generation_tokens += output_tokens
         self.end_to_end.observe(e2e_s)
         self.prefill.observe(prefill_s)
         self.decode.observe(decode_s)
