@@ -100,14 +100,6 @@ class Timeout(AsyncLLMError):
     code = "timeout"
 
 
-class RequestAborted(AsyncLLMError):
-    """Somebody aborted the request through `/abort` before anything was generated."""
-
-    status = 499
-    type = "invalid_request_error"
-    code = "aborted"
-
-
 class ConfigError(AsyncLLMError):
     """A key of the configuration file or environment is wrong; the message names it and the fix."""
 

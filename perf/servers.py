@@ -95,14 +95,13 @@ def free_port() -> int:
 class Server:
     """One running server process with its children. A context manager: it never outlives the block."""
 
-    __slots__ = ("_log", "_paused", "_process", "port", "ready_s", "spec", "started_at_s")
+    __slots__ = ("_log", "_process", "port", "ready_s", "spec", "started_at_s")
 
     def __init__(self, spec: ServerSpec, port: int, log_path: Path) -> None:
         """Start the process; its output goes to `log_path`."""
         self.spec = spec
         self.port = port
         self.ready_s: float | None = None  # seconds from start to readiness
-        self._paused = False
         self._log: IO[bytes] = log_path.open("wb+")
         # The hub is never asked: all servers load local files, and a look-up would count as start-up time.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **spec.environment}
@@ -164,12 +163,10 @@ class Server:
     def pause(self) -> None:
         """Freeze it: it keeps its memory and its port and takes no processor time."""
         self._signal(signal.SIGSTOP)
-        self._paused = True
 
     def resume(self) -> None:
         """Let it run again."""
         self._signal(signal.SIGCONT)
-        self._paused = False
 
     def stop(self) -> None:
         """End it: politely, then by force. Harmless if it already ended."""

@@ -127,10 +127,6 @@ class Tokenizer:
         text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether this is a control token."""
-        return token_id in self._special_ids
-
     def token_id(self, token: str) -> int | None:
         """The id of a token's string."""
         token_id: int | None = self._backend.token_to_id(token)

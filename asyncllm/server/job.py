@@ -144,7 +144,7 @@ async def admit(request: web.Request, arrived: Arrived[Any], asked: Asked) -> Jo
     Raises ContextLengthExceeded, InvalidRequest, Overloaded or Unavailable.
     """
     serving, body = request.app[SERVING], arrived.body
-    router, limits = serving.router, serving.config.scheduler
+    router = serving.router
     if len(asked.prompts) * asked.num_choices > serving.config.api.max_choices:
         raise InvalidRequest(
             f"{len(asked.prompts)} prompts x {asked.num_choices} choices: at most {serving.config.api.max_choices} in "
@@ -152,7 +152,7 @@ async def admit(request: web.Request, arrived: Arrived[Any], asked: Asked) -> Jo
             param="n",
         )
     header = request.headers.get("X-Request-Timeout")
-    timeout_s = params.request_timeout(body.timeout, header, limits.default_timeout_s, limits.max_timeout_s)
+    timeout_s = params.request_timeout(body.timeout, header, serving.config.scheduler.max_timeout_s)
     bad_words = await router.encode_bad_words(body.bad_words) if body.bad_words else ()
     choices = build_choices(arrived, asked, bad_words, router.tokenizer.eos_token_ids)
     stream = router.submit(

@@ -269,8 +269,8 @@ def _int64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def request_timeout(body: float | None, header: str | None, default_s: float, max_s: float) -> float | None:
-    """Seconds this request may take: the body's word, else the header's, else the server's; None = no limit.
+def request_timeout(body: float | None, header: str | None, max_s: float) -> float | None:
+    """Seconds this request asks for: the body's word, else the header's; None leaves it to the router's default.
 
     Raises InvalidRequest where it is no positive number or over the server's maximum.
     """
@@ -279,8 +279,6 @@ def request_timeout(body: float | None, header: str | None, default_s: float, ma
         if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", header.strip()) or float(header) <= 0:
             raise InvalidRequest(f"X-Request-Timeout = {show(header)}: expected seconds, above 0.", param="timeout")
         asked = float(header)
-    if asked is None:
-        return default_s or max_s or None
-    if max_s and asked > max_s:
+    if asked is not None and max_s and asked > max_s:
         raise InvalidRequest(f"timeout = {asked:g}: at most {max_s:g} s (scheduler.max_timeout_s).", param="timeout")
     return asked
