@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from asyncllm.errors import ConfigError, show
+from asyncllm.threads import parse_cores
 
 ENV_PREFIX = "ASYNCLLM_"
 
@@ -53,6 +54,7 @@ class ModelConfig(Table, frozen=True):
     served_name: str = ""  # name clients use; empty = the last part of the path
     aliases: tuple[str, ...] = ()  # further names clients may use
     revision: str = ""  # branch, tag or commit of a hub name; empty = main
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy = random weights in the model's shapes, for load tests
     dtype: DType = "auto"  # auto = the checkpoint's, bfloat16 for quantized files; float32 where a CPU lacks bfloat16
     device: str = "auto"  # cpu, cuda, cuda:1; auto = cuda where there is one
     max_context_length: NonNegative = 0  # tokens of prompt plus output; 0 = the model's own
@@ -61,7 +63,8 @@ class ModelConfig(Table, frozen=True):
 class CacheConfig(Table, frozen=True):
     """The paged KV cache."""
 
-    memory_gib: Annotated[float, Meta(ge=0)] = 0.0  # GiB for KV; 0 = 0.9 of free GPU memory, or 1 GiB on a CPU
+    memory_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.9  # share of a GPU's memory the process may take in all
+    memory_gib: Annotated[float, Meta(ge=0)] = 0.0  # GiB for KV; 0 = what memory_fraction leaves, or 1 GiB on a CPU
     num_blocks: NonNegative = 0  # blocks of KV; overrides memory_gib; 0 = from memory_gib
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16  # tokens in a block
     prefix_cache: bool = True  # share the KV of equal prompt beginnings
@@ -83,9 +86,17 @@ class ExecutorConfig(Table, frozen=True):
     """How steps are computed."""
 
     threads: NonNegative = 0  # CPU threads for tensor work; 0 = one per core
-    cuda_graphs: bool = True  # replay captured graphs on CUDA; a CPU has none
-    cuda_graph_max_bs: Positive = 256  # rows of the largest captured decode batch
+    attention_backend: Literal["auto", "triton", "torch"] = "auto"  # triton = own kernels, CUDA graphs; torch = plain
+    disable_cuda_graph: bool = False  # run every step eagerly; for debugging, several times slower at small batches
+    cuda_graph_max_bs: Positive = 256  # rows of the largest captured decode batch; larger ones run eagerly
+    cuda_graph_max_tokens: NonNegative = 1024  # tokens of the largest captured step with prompts in it; 0 = none
+    cuda_graph_capture: Literal["startup", "background"] = "startup"  # before readiness, or in idle gaps after it
+    overlap: bool = True  # launch a step before the last one is read (CUDA); false for debugging
+    pdl: bool = False  # programmatic dependent launch between kernels (Hopper and later)
     switch_interval_us: Positive = 200  # µs after which a thread that wants the GIL may ask for it
+    gc_freeze: bool = True  # exempt what start-up made from garbage collection and collect rarely
+    engine_cores: str = ""  # CPU cores of the engine thread and torch's CPU threads, as in "2,4-7"; empty = any
+    loop_cores: str = ""  # CPU cores of the event loop and the tokenizer's threads, as in "0-1"; empty = any
 
 
 class ApiConfig(Table, frozen=True):
@@ -259,6 +270,8 @@ def _check_sense(config: Config) -> None:
         )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.model.device):
         raise ConfigError(f"model.device = {show(config.model.device)}: expected auto, cpu, cuda or cuda:N")
+    parse_cores(config.executor.engine_cores, "executor.engine_cores")
+    parse_cores(config.executor.loop_cores, "executor.loop_cores")
 
 
 def field_comments(struct: type) -> dict[str, str]:

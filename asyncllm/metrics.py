@@ -5,7 +5,6 @@ an observation is a bisection. `Metrics.render` turns the numbers into text when
 """
 
 import time
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,32 +12,22 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from asyncllm.counters import GcPauses, Histogram, LabelledCounter
 from asyncllm.types import StepStats
 
 # Histograms reach well below 10 ms: a small model on a good GPU makes a token in half a millisecond.
+# fmt: off
 SECONDS = (
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-    120.0,
-    300.0,
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
 )
+# fmt: on
 FINE_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+# What should be next to nothing: the device's gap between two graphs is good at 15 µs and bad at 100.
+FINEST_SECONDS = (0.000005, 0.00001, 0.000015, 0.000025, *FINE_SECONDS)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+STEP_ROWS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 LABELLED_HELP = {
     "request_success": "Finished choices",
@@ -46,49 +35,11 @@ LABELLED_HELP = {
     "http_requests": "HTTP responses",
     "http_errors": "Error responses",
 }
-STEP_PHASES = ("schedule", "launch", "wait", "commit")
-
-
-class Histogram:
-    """Counts per bucket and a sum; `bounds` are inclusive upper bounds in ascending order."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float, count: int = 1) -> None:  # hot
-        """Count `value` `count` times."""
-        self.counts[bisect_left(self.bounds, value)] += count
-        self.total += value * count
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative (le, count) pairs, ending in +Inf."""
-        running, rows = 0, []
-        for bound, count in zip([*map(str, map(float, self.bounds)), "+Inf"], self.counts, strict=True):
-            running += count
-            rows.append((bound, float(running)))
-        return rows
-
-
-class LabelledCounter:
-    """A counter per tuple of label values."""
-
-    __slots__ = ("labels", "values")
-
-    def __init__(self, *labels: str) -> None:
-        self.labels = labels
-        self.values: dict[tuple[str, ...], int] = {}
-
-    def add(self, *key: str, count: int = 1) -> None:
-        """Count once more for these label values."""
-        self.values[key] = self.values.get(key, 0) + count
+STEP_PHASES = ("schedule", "launch", "wait", "commit", "device")
 
 
 class Metrics:
-    """All numbers of this process. Loop thread only."""
+    """All numbers of this process. Loop thread only, but for `gc_pauses`."""
 
     def __init__(self, prefix: str, model_name: str) -> None:
         self.prefix = prefix
@@ -115,6 +66,11 @@ class Metrics:
         self.prompt_length = Histogram(TOKENS)
         self.generation_length = Histogram(TOKENS)
         self.step_tokens = Histogram(STEP_TOKENS)
+        self.step_rows = Histogram(STEP_ROWS)
+        self.step_gap = Histogram(FINEST_SECONDS)
+        self.engine_wake = Histogram(FINEST_SECONDS)
+        self.engine_abort = Histogram(FINEST_SECONDS)
+        self.gc_pauses = GcPauses(FINEST_SECONDS)
         self.step_phases = {phase: Histogram(FINE_SECONDS) for phase in STEP_PHASES}
         self.loop_lag = Histogram(FINE_SECONDS)
         self.wakeup = Histogram(FINE_SECONDS)
@@ -131,14 +87,23 @@ class Metrics:
         """Take over a step's figures."""
         stepped = stats.num_steps != self.stats.num_steps
         self.stats = stats
+        for seconds in stats.wakes_s or ():
+            self.engine_wake.observe(seconds)
+        for seconds in stats.aborts_s or ():
+            self.engine_abort.observe(seconds)
         if not stepped:  # the state changed without a step: an abort, an idle report
             return
         self.step_tokens.observe(stats.num_scheduled_tokens)
+        self.step_rows.observe(stats.num_decode_rows)
+        if stats.gap_s is not None:
+            self.step_gap.observe(stats.gap_s)
         phases = self.step_phases
         phases["schedule"].observe(stats.schedule_s)
         phases["launch"].observe(stats.launch_s)
         phases["wait"].observe(stats.wait_s)
         phases["commit"].observe(stats.commit_s)
+        if stats.device_s:
+            phases["device"].observe(stats.device_s)
 
     def observe_queue(self, seconds: float) -> None:
         """A request left the queue."""
@@ -205,6 +170,11 @@ class Metrics:
         usable = self.stats.num_blocks - 1
         return self.stats.num_used_blocks / usable if usable > 0 else 0.0
 
+    @property
+    def graph_hit_ratio(self) -> float:
+        """Share of steps that a captured graph computed, 0..1."""
+        return self.stats.num_graph_steps / self.stats.num_steps if self.stats.num_steps else 0.0
+
     def render(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self._registry)
@@ -234,8 +204,7 @@ class _Exporter(Collector):
             ("num_kv_blocks", "KV blocks in all, the null block included", stats.num_blocks),
             ("num_cached_kv_blocks", "Free KV blocks whose prefix can still be found", stats.num_cached_blocks),
             ("streams_open", "Server-Sent Event streams open", metrics.streams_open),
-            ("wake_latency_max_seconds", "Slowest pick-up of a request by the engine since start", stats.max_wake_s),
-            ("abort_latency_max_seconds", "Slowest abort, sent to blocks freed, since start", stats.max_abort_s),
+            ("graph_hit_ratio", "Share of steps replayed from a captured graph, 1 = all", metrics.graph_hit_ratio),
         ]
         for name, help_text, value in rows:
             yield self._family(GaugeMetricFamily, name, help_text, {(): value}, ())
@@ -261,6 +230,8 @@ class _Exporter(Collector):
             ("output_stalls", "Times the engine waited for room in the outputs ring", stats.num_output_stalls),
             ("graph_steps", "Steps replayed from a captured graph", stats.num_graph_steps),
             ("steps", "Steps in all", stats.num_steps),
+            ("device_busy_seconds", "Time the device computed steps, where it is measured", stats.device_busy_s),
+            ("device_gap_seconds", "Time the device waited for the next step of work at hand", stats.device_gap_s),
             ("ignored_parameters", "Unknown request fields that were ignored", metrics.ignored_parameters),
         ]
         for name, help_text, value in rows:
@@ -282,6 +253,10 @@ class _Exporter(Collector):
             ("request_prompt_tokens", "Prompt tokens of a finished choice", metrics.prompt_length),
             ("request_generation_tokens", "Tokens generated for a finished choice", metrics.generation_length),
             ("iteration_tokens_total", "Query tokens in a step", metrics.step_tokens),
+            ("step_decode_rows", "Decode rows in a step", metrics.step_rows),
+            ("step_gap_seconds", "Idle time of the device between two steps of work at hand", metrics.step_gap),
+            ("engine_wake_seconds", "Request or abort pushed to picked up by the engine", metrics.engine_wake),
+            ("engine_abort_seconds", "Abort sent to KV blocks freed", metrics.engine_abort),
             ("event_loop_lag_seconds", "How late the event loop woke from a timer", metrics.loop_lag),
             ("wakeup_latency_seconds", "Engine commit to event-loop drain", metrics.wakeup),
         ]
@@ -289,6 +264,9 @@ class _Exporter(Collector):
             yield self._histogram(name, help_text, {(): histogram}, ())
         phases = {(phase,): histogram for phase, histogram in metrics.step_phases.items()}
         yield self._histogram("step_seconds", "Engine step time by phase", phases, ("phase",))
+        pauses = {(str(number),): histogram for number, histogram in enumerate(metrics.gc_pauses.generations)}
+        help_text = "Time a garbage collection held both threads up"
+        yield self._histogram("gc_pause_seconds", help_text, pauses, ("generation",))
 
     def _family(
         self,
@@ -324,7 +302,9 @@ def markdown() -> str:
         "| name | type | labels | what it is |",
         "|---|---|---|---|",
     ]
-    labels = {"ring_depth": "ring", "startup_seconds": "phase", "step_seconds": "phase"}
+    labels = {
+        "ring_depth": "ring", "startup_seconds": "phase", "step_seconds": "phase", "gc_pause_seconds": "generation",
+    }  # fmt: skip
     metrics = Metrics("asyncllm", "")
     for name, counter in metrics.labelled_counters():
         labels[name] = ", ".join(counter.labels)

@@ -102,14 +102,18 @@ class StepStats(msgspec.Struct):
     launch_s: float = 0.0
     wait_s: float = 0.0
     commit_s: float = 0.0
+    device_s: float = 0.0  # 0 = not measured
+    gap_s: float | None = None  # the device's idle time before this step while there was work; None = unknown
+    wakes_s: list[float] | None = None  # push -> pick-up of each command taken since the last output; None = none was
+    aborts_s: list[float] | None = None  # the same for aborts, sent -> blocks freed
     num_steps: int = 0  # cumulative from here on
     num_graph_steps: int = 0
     num_preemptions: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     num_output_stalls: int = 0  # times the outputs ring was full
-    max_wake_s: float = 0.0  # slowest push -> engine pick-up since start
-    max_abort_s: float = 0.0  # slowest abort sent -> blocks freed since start
+    device_busy_s: float = 0.0  # sum of device_s
+    device_gap_s: float = 0.0  # sum of gap_s
 
 
 class StepOutput(msgspec.Struct):
@@ -159,7 +163,10 @@ class EngineDead(msgspec.Struct, frozen=True):
 
     message: str  # for clients: one sentence, no paths
     during_startup: bool = False
-    detail: str = ""  # for the log: the traceback
+    detail: str = ""  # for the log, as all below: the traceback
+    phase: str = ""  # of the step loop: schedule, launch, wait, commit and the like; empty before it
+    step: int = 0  # that was in this phase, from 1; 0 = none was
+    request_ids: list[int] = []  # in the steps in flight, oldest first: a device tells late which of them failed
 
 
 EngineOutput = StepOutput | StartupPhase | EngineReady | EngineDead

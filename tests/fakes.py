@@ -82,7 +82,8 @@ class FakeExecutor:
     """Deterministic tokens, real bookkeeping.
 
     `gate`: a semaphore that each `wait` acquires, so that a test can hold a step; `launched` is released by each
-    launch. `fail_launch_at`, `fail_wait_at`: number of the step (from 1) that raises.
+    launch. `fail_launch_at`, `fail_wait_at`: number of the step (from 1) that raises. `num_improvements`: pieces of
+    work that `improve` finds; `improve_gate` holds each call. `on_close`: what closing meets.
     """
 
     def __init__(
@@ -94,6 +95,9 @@ class FakeExecutor:
         fail_launch_at: int = 0,
         fail_wait_at: int = 0,
         gate: threading.Semaphore | None = None,
+        num_improvements: int = 0,
+        improve_gate: threading.Semaphore | None = None,
+        on_close: Callable[[], object] = lambda: None,
     ) -> None:
         self.capacity = capacity
         self.depth = depth
@@ -102,7 +106,17 @@ class FakeExecutor:
         self.fail_launch_at = fail_launch_at
         self.fail_wait_at = fail_wait_at
         self.gate = gate
+        self.num_improvements = num_improvements
+        self.improve_gate = improve_gate
+        self.on_close = on_close
         self.launched = threading.Semaphore(0)
+        self.improving = threading.Semaphore(0)  # released as each call of `improve` begins
+        self.device_facts: tuple[bool, float, float | None] = (
+            False,
+            0.0,
+            None,
+        )  # replayed, device_s, gap_s of each step
+        self.improved_at: list[int] = []  # steps launched before each call of `improve`
         self.closed = False
         self.failed = False
         self.num_steps = 0
@@ -136,7 +150,18 @@ class FakeExecutor:
         self.launched.release()
         return handle
 
+    def improve(self) -> bool:
+        assert not self.closed and not self.in_flight, "improved with steps in flight"
+        self.improved_at.append(self.num_steps)
+        self.improving.release()
+        if self.improve_gate is not None:
+            self.improve_gate.acquire()
+        assert self.num_improvements >= 0, "asked again after it said that nothing is left"
+        self.num_improvements -= 1
+        return self.num_improvements >= 0
+
     def close(self) -> None:
+        self.on_close()
         assert self.failed or not self.in_flight, "closed with steps in flight"
         self.closed = True
 
@@ -184,7 +209,7 @@ class FakeExecutor:
                 assert self.kv.get(self._address(slot, position)) == expected, f"wrong KV: {slot=} {position=}"
 
     def _sample(self, plan: StepPlan) -> StepResult:
-        result = StepResult([], None, None)
+        result = StepResult([], None, None, *self.device_facts)
         for row, slot in enumerate(plan.slots):
             tokens, start = self.slot_tokens[slot], plan.num_computed_tokens[row]
             end = start + plan.num_query_tokens[row]

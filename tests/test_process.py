@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import PARIS, processes, read_all
+from asyncllm.threads import show_cores
+from tests.processes import PARIS, Process, processes, read_all
+
+EXIT_LIMIT_S = 15.0  # 4 s at most on a machine with nothing else to do
 
 
 @pytest.fixture
@@ -118,18 +121,83 @@ def test_the_configuration_can_be_checked_and_printed(tmp_path: Path) -> None:
     assert wrong.stderr == f"asyncllm-server: {file}:2: unknown key server.prot; did you mean 'port'?\n"
 
 
-def test_an_engine_that_dies_ends_the_stream_with_an_error_and_the_process_with_one(start) -> None:
-    server = start(module="tests.dying_server")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is nothing to choose from")
+@pytest.mark.parametrize("pins_engine", [True, False])
+def test_event_loop_and_engine_keep_to_their_cores_and_an_unpinned_engine_to_none(start, pins_engine: bool) -> None:
+    available = os.sched_getaffinity(0)
+    first, last = min(available), max(available)
+    cores = {"ASYNCLLM_EXECUTOR__LOOP_CORES": str(first)}
+    if pins_engine:
+        cores["ASYNCLLM_EXECUTOR__ENGINE_CORES"] = str(last)
+    server = start(module="tests.dying_server", DYING="nothing", **cores)
+    server.until_ready()
+    ids = [int(task.name) for task in Path(f"/proc/{server.popen.pid}/task").iterdir()]
+    tasks = {thread_id: os.sched_getaffinity(thread_id) for thread_id in ids}
+    assert tasks.pop(server.popen.pid) == {first}, "the main thread runs the loop"
+    assert ({last} if pins_engine else available) in tasks.values()
+    said = f"engine on cores {last if pins_engine else show_cores(available)}, event loop on cores {first}"
+    server.until(lambda: said in server.log.read_text())
+
+
+def is_red(server: Process, probe: str) -> bool:
+    """Whether a probe fails; on a machine that is slow enough, nobody answers it any more."""
+    try:
+        return server.get(probe)[0] == 503
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("launch", "the kernel did not launch"),
+        ("wait", "the device fell off the bus"),
+        ("close raises", "closing the executor failed"),
+        ("close hangs", "the engine thread did not end within 1 s"),
+        ("close hangs with the GIL", "Timeout (0:00:04)!"),
+    ],
+)
+def test_a_device_that_breaks_ends_the_stream_with_an_error_and_the_process_with_one(
+    start, fault: str, said: str
+) -> None:
+    server = start(module="tests.dying_server", DYING=fault)
     server.until_ready()
     connection = server.stream({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400})
     raw = server.first + (b"" if b"[DONE]" in server.first else read_all(connection))
+    died_s = time.monotonic()
     connection.close()
+    if fault == "close hangs":  # for a second
+        assert is_red(server, "/readyz") and is_red(server, "/livez")
+    assert server.popen.wait(EXIT_LIMIT_S) == 1
+    print(f"{fault}: exit {time.monotonic() - died_s:.2f} s after the last event")  # shown by pytest -s
     text = b"".join(re.findall(rb'"content":"(a*)"', raw))  # deltas merge where the loop is late
-    assert text == b"a" * 9
+    assert text == b"a" * (9 if fault == "wait" else 8), "a launch takes the step in flight before it along"
     assert b'"code":"engine_dead"' in raw and b"data: [DONE]" in raw
-    assert server.wait() == 1
+    [public_id] = set(re.findall(r'"id":"(chatcmpl-[^"]*)"', raw.decode()))
     log = server.log.read_text()
-    assert "the engine died: the engine stopped: RuntimeError" in log and "the kernel did not launch" in log
+    phase = "wait" if fault == "wait" else "launch"
+    assert f"RuntimeError in {phase} of step 10; 1 requests were in flight: {public_id}\n" in log
+    assert "the engine died: the engine stopped: RuntimeError" in log and said in log
+
+
+def test_a_device_that_breaks_while_the_server_drains_is_a_failure_all_the_same(start) -> None:
+    server = start(module="tests.dying_server", DYING="wait at a signal")
+    server.until_ready()
+    connection = server.stream({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400})
+    server.popen.send_signal(signal.SIGTERM)
+    server.until(lambda: "stopping: 1 requests" in server.log.read_text())
+    server.popen.send_signal(signal.SIGUSR1)
+    assert b'"code":"engine_dead"' in server.first + read_all(connection)
+    assert server.wait() == 1
+    assert "the engine died: the engine stopped: RuntimeError" in server.log.read_text()
+
+
+def test_a_device_that_hangs_while_it_is_closed_does_not_keep_the_process(start) -> None:
+    server = start(module="tests.dying_server", DYING="close hangs after a signal")
+    server.until_ready()
+    server.popen.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert "the engine thread did not end within 5 s" in server.log.read_text()
 
 
 def test_the_server_starts_without_torch() -> None:

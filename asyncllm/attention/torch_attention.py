@@ -1,16 +1,16 @@
 """Attention in plain torch: the CPU's backend, and the reference for kernels.
 
-Inside a page this backend keeps [K, B, D], so that gathering pages leaves the keys of a head side by side; the cache's
-declared [B, K, D] is as many bytes. Device-agnostic: branches look at host lists only. Engine thread.
+Device-agnostic: branches look at host lists only. Engine thread.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from asyncllm.attention.base import AttentionMetadata, AttentionStep
+from asyncllm.attention.base import AttentionLayer, AttentionMetadata, AttentionStep
+from asyncllm.layers.rotary import Rotary, rotate
 
 # Query tokens attended at once when keys precede them: bounds the mask, and what it costs, to 256 x context.
 PREFIX_QUERY_CHUNK = 256
@@ -26,19 +26,25 @@ MIN_KEYS_FOR_PRODUCTS = 2048
 class TorchAttention:
     """Gathers each row's pages and calls scaled_dot_product_attention; see `AttentionBackend`."""
 
+    fused = False
+
     def begin(self, metadata: AttentionMetadata, kv_cache: Tensor) -> AttentionStep:
         """Work out page indices and masks for all layers."""
-        _, num_blocks, block_size, num_kv_heads, head_dim = kv_cache.shape
+        _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
         heads = torch.arange(num_kv_heads, device=kv_cache.device)
         slots = metadata.slot_mapping[:, None]  # [N, 1]
         blocks, offsets = slots // block_size, slots % block_size
         key_rows = ((blocks * num_kv_heads + heads) * block_size + offsets).flatten()  # [N * K]
+        # As many columns as the longest row needs: whole rows of pages are gathered.
+        num_columns = -(-max(metadata.seq_lens_host) // block_size)
+        tables = metadata.block_table[:, :num_columns].index_select(0, metadata.slots)  # [S, num_columns]
         lengths = metadata.seq_lens_host[: metadata.num_decode_rows]
-        decodes = [_decode_group(metadata, kv_cache, rows) for rows in split_decode_rows(lengths)]
-        prefills = _prefills(metadata, kv_cache)
+        decodes = [_decode_group(metadata, tables, kv_cache, rows) for rows in split_decode_rows(lengths)]
+        prefills = _prefills(metadata, tables, kv_cache)
         pages = [group.pages for group in decodes] + [row.pages for row in prefills if row.pages is not None]
         num_gathered = max((page_ids.numel() for page_ids in pages), default=0)
-        return _TorchStep(
+        return TorchAttentionStep(
+            positions=metadata.positions,
             key_rows=key_rows,
             value_rows=key_rows + num_blocks * num_kv_heads * block_size,
             decodes=decodes,
@@ -89,7 +95,7 @@ def split_decode_rows(lengths: list[int]) -> list[list[int]]:
     return groups if len(groups) > 1 else [list(range(num_rows))]
 
 
-def _decode_group(metadata: AttentionMetadata, kv_cache: Tensor, rows: list[int]) -> _Decode:
+def _decode_group(metadata: AttentionMetadata, tables: Tensor, kv_cache: Tensor, rows: list[int]) -> _Decode:
     device = kv_cache.device
     lengths = [metadata.seq_lens_host[row] for row in rows]
     num_rows, num_pages = len(rows), -(-max(lengths) // metadata.block_size)
@@ -102,7 +108,7 @@ def _decode_group(metadata: AttentionMetadata, kv_cache: Tensor, rows: list[int]
     length = num_pages * metadata.block_size if by_products else max(lengths)
     whole = num_rows == metadata.num_decode_rows
     chosen = None if whole else torch.tensor(rows, device=device)
-    tables = metadata.block_tables[:num_rows] if chosen is None else metadata.block_tables[chosen]
+    tables = tables[:num_rows] if chosen is None else tables[chosen]
     mask = None
     if min(lengths) != length:
         seq_lens = metadata.seq_lens[:num_rows] if chosen is None else metadata.seq_lens[chosen]
@@ -112,14 +118,14 @@ def _decode_group(metadata: AttentionMetadata, kv_cache: Tensor, rows: list[int]
     return _Decode(chosen, num_rows, _page_rows(tables[:, :num_pages], kv_cache), length, mask, by_products)
 
 
-def _prefills(metadata: AttentionMetadata, kv_cache: Tensor) -> list[_Prefill]:
+def _prefills(metadata: AttentionMetadata, tables: Tensor, kv_cache: Tensor) -> list[_Prefill]:
     prefills = []
     start = metadata.num_decode_rows
     for row in range(metadata.num_decode_rows, len(metadata.query_lens)):
         query_len, seq_len = metadata.query_lens[row], metadata.seq_lens_host[row]
         pages = None
         if seq_len > query_len:
-            pages = _page_rows(metadata.block_tables[row : row + 1, : -(-seq_len // metadata.block_size)], kv_cache)
+            pages = _page_rows(tables[row : row + 1, : -(-seq_len // metadata.block_size)], kv_cache)
         prefills.append(_Prefill(start, query_len, seq_len, pages))
         start += query_len
     return prefills
@@ -127,7 +133,7 @@ def _prefills(metadata: AttentionMetadata, kv_cache: Tensor) -> list[_Prefill]:
 
 def _page_rows(tables: Tensor, kv_cache: Tensor) -> Tensor:
     """Block ids [S, P] -> indices [2 * S * K * P] into the cache seen as rows of one page and head."""
-    _, num_blocks, _, num_kv_heads, _ = kv_cache.shape
+    _, num_blocks, num_kv_heads, _, _ = kv_cache.shape
     heads = torch.arange(num_kv_heads, device=kv_cache.device)[:, None]
     keys = (tables[:, None] * num_kv_heads + heads).flatten()  # [S, K, P]
     return torch.cat((keys, keys + num_blocks * num_kv_heads))
@@ -148,18 +154,34 @@ def _mask_strip(prefills: list[_Prefill], kv_cache: Tensor) -> Tensor | None:
 
 
 @dataclass(slots=True)
-class _TorchStep:
+class TorchAttentionStep:
     """See `AttentionStep`."""
 
+    positions: Tensor  # [N] int64
     key_rows: Tensor  # [N * K] int64, of the cache seen as rows of D values
     value_rows: Tensor  # [N * K]
     decodes: list[_Decode]
     prefills: list[_Prefill]
     mask_strip: Tensor | None
     scratch: Tensor  # [rows gathered at most, B * D]: reused by every layer, so it stays in the CPU's cache
+    rotations: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of this step's positions
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, scale: float) -> Tensor:  # hot
-        """[N, H, D], [N, K, D], [N, K, D] -> [N, H, D]."""
+    def forward(self, qkv: Tensor, layer: AttentionLayer, kv_cache: Tensor) -> Tensor:  # hot
+        """[N, H + 2K, D] -> [N, H * D]."""
+        num_heads, num_kv_heads = layer.num_heads, layer.num_kv_heads
+        query, key, value = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        rotation = self.rotations.get(layer.rotary)
+        if rotation is None:
+            rotation = self.rotations[layer.rotary] = layer.rotary(self.positions, qkv.dtype)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query, key = rotate(layer.q_norm(query), *rotation), rotate(layer.k_norm(key), *rotation)
+        else:
+            # Queries and keys lie side by side and turn together.
+            query, key = rotate(qkv[:, : num_heads + num_kv_heads], *rotation).split((num_heads, num_kv_heads), dim=1)
+        return self.attend(query, key, value, kv_cache, layer.scale).flatten(1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, scale: float) -> Tensor:  # hot
+        """Store and attend: [N, H, D], [N, K, D], [N, K, D] -> [N, H, D]."""
         head_dim = query.shape[2]
         flat = kv_cache.view(-1, head_dim)
         flat.index_copy_(0, self.key_rows, key.reshape(-1, head_dim))
@@ -183,7 +205,7 @@ class _TorchStep:
 
     def _gather(self, kv_cache: Tensor, pages: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """Copies of the pages, as keys and values [S, K, P * B, D]."""
-        _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+        _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
         gathered = self.scratch[: pages.numel()]
         torch.index_select(kv_cache.view(-1, block_size * head_dim), 0, pages, out=gathered)
         keys, values = gathered.view(2, num_rows, num_kv_heads, -1, head_dim).unbind()
@@ -195,7 +217,7 @@ class _TorchStep:
         Query heads of a KV head stand where query tokens usually do, so that keys are not repeated per query head.
         """
         keys, values = self._gather(kv_cache, group.pages, group.num_rows)
-        grouped = query.reshape(group.num_rows, kv_cache.shape[3], -1, query.shape[2])  # [S, K, H / K, D]
+        grouped = query.reshape(group.num_rows, kv_cache.shape[2], -1, query.shape[2])  # [S, K, H / K, D]
         if group.by_products:
             return _attend_by_products(grouped, keys, values, group.mask, scale).view(query.shape)
         attended = scaled_dot_product_attention(
@@ -209,7 +231,7 @@ class _TorchStep:
         keys, values = self._gather(kv_cache, row.pages, 1)
         num_queries, width = self.mask_strip.shape
         for start in range(0, row.query_len, num_queries):
-            chunk = _grouped(query[start : start + num_queries], kv_cache.shape[3])  # [K, H / K, C, D]
+            chunk = _grouped(query[start : start + num_queries], kv_cache.shape[2])  # [K, H / K, C, D]
             end = row.seq_len - row.query_len + start + chunk.shape[2]  # keys seen by the chunk's last query
             first_column = width - num_queries - (end - chunk.shape[2])
             mask = self.mask_strip[: chunk.shape[2], first_column : first_column + end]

@@ -6,7 +6,7 @@ Used by one thread at a time, in practice the event loop's; no method blocks but
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from asyncllm.config import CacheConfig, SchedulerConfig
 from asyncllm.engine.worker import MakeExecutor, TimedCommand, Worker
@@ -25,16 +25,19 @@ class Engine:
         scheduler_config: SchedulerConfig,
         cache_config: CacheConfig,
         *,
+        cores: Collection[int] = (),
         debug: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`make_executor` runs on the engine thread, so that every tensor is born there; it reports its phases.
 
+        `cores`: CPU cores the engine thread may run on; none = those of the thread that starts it.
         `debug`: assert thread ownership, and every invariant of the scheduler after each step.
         """
         self._make_executor = make_executor
         self._scheduler_config = scheduler_config
         self._cache_config = cache_config
+        self._cores = cores
         self._debug = debug
         self._clock = clock
         # Twice the queue: room for a Submit and an Abort of everyone the server lets wait.
@@ -57,6 +60,7 @@ class Engine:
             self._outputs,
             self._bell,
             notify,
+            cores=self._cores,
             debug=self._debug,
             clock=self._clock,
         )

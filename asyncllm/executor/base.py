@@ -52,6 +52,9 @@ class StepResult(msgspec.Struct):
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] | None = None  # by row
     prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None  # by row, one per target
+    replayed: bool = False  # whether a captured graph computed the step
+    device_s: float = 0.0  # the device's time for the step; 0 where nobody measured it
+    gap_s: float | None = None  # the device's idle time before the step, for whatever reason; None where unknown
 
 
 class StepHandle(Protocol):
@@ -71,6 +74,13 @@ class Executor(Protocol):
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step; returns at once where the device is asynchronous."""
+        ...
+
+    def improve(self) -> bool:
+        """Do one piece of work that makes later steps faster, such as capturing a graph; False when none is left.
+
+        Called between steps. May take as long as a few steps.
+        """
         ...
 
     def close(self) -> None:

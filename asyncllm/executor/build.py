@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.executor import host
-from asyncllm.executor.memory import GIB, check_weights_fit, plan_cache, weight_bytes
+from asyncllm.executor.base import Executor
+from asyncllm.executor.memory import (
+    GIB,
+    activation_bytes,
+    check_weights_fit,
+    cpu_room,
+    gpu_room,
+    plan_cache,
+    weight_bytes,
+)
 from asyncllm.weights.base import Checkpoint
 
 if TYPE_CHECKING:
     import torch
-
-    from asyncllm.executor.torch_executor import TorchExecutor
 
 # How long OpenMP threads spin for the next operation before they sleep; libgomp reads it as torch is imported. Its
 # default spins for milliseconds: beside one other busy process on two cores, 8 streams made 70 tokens/s with it and 130
@@ -25,13 +32,49 @@ SPIN_COUNT = "20000"
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str], None]) -> "TorchExecutor":
+def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str], None]) -> Executor:
     """An executor that is ready for its first step; `report` is told each phase as it begins.
 
-    Raises StartupError when the device is not there, or weights or KV do not fit.
+    Raises StartupError when the device is not there or not fit for the model, or weights or KV do not fit.
     """
     report("import torch")
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    import torch
+
+    architecture = checkpoint.architecture
+    device, remark = _device(config.model.device)
+    on_gpu = device.type == "cuda"
+    dtype, dtype_fact = choose_dtype(config.model.dtype, architecture.dtype, on_gpu, host.cpu_has_bfloat16())
+    needed_bytes = weight_bytes(architecture, BYTES_PER_VALUE[dtype], on_gpu)
+    facts = {
+        "device": _describe(device) + remark,
+        "dtype": dtype_fact,
+        "parameters": f"{architecture.num_parameters:,}",
+        "threads": str(_set_threads(config.executor.threads)),
+        "weights": f"{needed_bytes / GIB:.2f} GiB",
+    }
+    check_weights_fit(needed_bytes, _available_bytes(device))
+    try:
+        if _attention_backend(config.executor.attention_backend, device) == "triton":
+            from asyncllm.executor.build_cuda import build_cuda_executor
+
+            return build_cuda_executor(config, checkpoint, device, dtype, facts, report)
+        return _build_torch_executor(config, checkpoint, device, dtype, facts, report)
+    except torch.OutOfMemoryError:
+        raise StartupError(
+            f"{device} ran out of memory: lower cache.memory_gib, cache.memory_fraction or scheduler.max_batched_tokens"
+        ) from None
+
+
+def _build_torch_executor(
+    config: Config,
+    checkpoint: Checkpoint,
+    device: "torch.device",
+    dtype: str,
+    facts: dict[str, str],
+    report: Callable[[str], None],
+) -> Executor:
+    """Plain torch: the CPU's executor, and on a GPU the reference."""
     import torch
 
     from asyncllm.attention.torch_attention import TorchAttention
@@ -39,38 +82,22 @@ def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str
     from asyncllm.executor.warm_up import warm_up
     from asyncllm.weights.loader import load_model
 
-    architecture = checkpoint.architecture
-    device = _device(config.model.device)
-    on_gpu = device.type == "cuda"
-    dtype, dtype_fact = choose_dtype(config.model.dtype, architecture.dtype, on_gpu, host.cpu_has_bfloat16())
-    bytes_per_value = BYTES_PER_VALUE[dtype]
-    num_threads = _set_threads(config.executor.threads)
-    facts = {
-        "device": _describe(device),
-        "dtype": dtype_fact,
-        "parameters": f"{architecture.num_parameters:,}",
-        "threads": str(num_threads),
-    }
-    if on_gpu and config.executor.cuda_graphs:
-        facts["graphs"] = "none captured: steps run eagerly"
-
+    architecture, bytes_per_value = checkpoint.architecture, BYTES_PER_VALUE[dtype]
     report("load weights")
-    needed_bytes = weight_bytes(architecture, bytes_per_value, on_gpu)
-    check_weights_fit(needed_bytes, _available_bytes(device))
     torch_dtype: torch.dtype = getattr(torch, dtype)
     model = load_model(checkpoint, TorchAttention(), torch_dtype, device)
-    facts["weights"] = f"{needed_bytes / GIB:.2f} GiB"
 
     report("allocate kv cache")
-    plan = plan_cache(architecture, config, bytes_per_value, _available_bytes(device), on_gpu)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        step_bytes = activation_bytes(architecture, config, bytes_per_value)
+        room = gpu_room(architecture, config, bytes_per_value, total, total - free, step_bytes)
+        facts["graphs"] = "none: executor.attention_backend = torch runs every step eagerly"
+    else:
+        room = cpu_room(host.available_memory_bytes())
+    plan = plan_cache(architecture, config, bytes_per_value, room)
     facts["kv"] = plan.summary
-    try:
-        executor = TorchExecutor(model, architecture, plan.capacity, device, torch_dtype, facts)
-    except torch.OutOfMemoryError:
-        raise StartupError(
-            f"{device} ran out of memory while allocating {plan.num_bytes / GIB:.2f} GiB of KV cache: "
-            "lower cache.memory_gib"
-        ) from None
+    executor = TorchExecutor(model, architecture, plan.capacity, device, torch_dtype, facts)
 
     report("warm up")
     warm_up(executor, config.scheduler.max_batched_tokens)
@@ -90,21 +117,52 @@ def choose_dtype(asked: str, of_checkpoint: str, on_gpu: bool, cpu_has_bfloat16:
     return "float32", f"float32 (the model's {of_checkpoint} is slower on this CPU)"
 
 
-def _device(asked: str) -> "torch.device":
+def _device(asked: str) -> tuple["torch.device", str]:
+    """The device to compute on, and why it is not the GPU that is there."""
     import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    problem = "" if num_gpus else _why_no_cuda()
     if asked == "auto":
         asked = "cuda" if num_gpus else "cpu"
+        remark = f"; no GPU: {problem}" if problem else ""
+    else:
+        remark = ""
     device = torch.device(asked)
     if device.type == "cpu":
-        return device
+        return device, remark
     index = device.index or 0
     if index >= num_gpus:
-        found = f"{num_gpus} CUDA devices" if num_gpus else "no CUDA device"
+        found = f"{num_gpus} CUDA devices" if num_gpus else "no CUDA device" + (f" ({problem})" if problem else "")
         raise StartupError(f"model.device = {asked}, but this machine has {found}: set model.device to auto or cpu")
     torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    return torch.device("cuda", index), ""
+
+
+def _why_no_cuda() -> str:
+    """Why an NVIDIA driver that is there cannot be used; empty where there is none."""
+    import torch
+
+    if not host.has_nvidia_driver():
+        return ""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA: install one with it"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # such as a driver too old for torch's CUDA
+        return str(error).strip().partition("\n")[0]
+    return "the driver shows no device"
+
+
+def _attention_backend(asked: str, device: "torch.device") -> str:
+    """Own kernels on CUDA, plain torch elsewhere."""
+    if asked == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    if asked == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise StartupError(
+            "executor.attention_backend = triton needs a CUDA device (or TRITON_INTERPRET=1, for tests): set it to auto"
+        )
+    return asked
 
 
 def _describe(device: "torch.device") -> str:

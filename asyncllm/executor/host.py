@@ -55,6 +55,11 @@ def cpu_name(root: Path = _SYSTEM) -> str:
     return ""
 
 
+def has_nvidia_driver(root: Path = _SYSTEM) -> bool:
+    """Whether an NVIDIA kernel driver is loaded, usable or not."""
+    return (root / "proc/driver/nvidia/version").exists() or (root / "dev/nvidiactl").exists()
+
+
 def _meminfo_available(root: Path) -> int:
     for line in (_read(root / "proc/meminfo") or "").splitlines():
         if line.startswith("MemAvailable:"):

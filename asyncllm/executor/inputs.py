@@ -57,18 +57,16 @@ def build_inputs(plan: StepPlan, state: SlotState, block_size: int, device: torc
     device_positions, device_mapping, device_slots, device_lens, sampling_index, sampling_tokens, token_ids = (
         _to_device(packed, device)
     )
-    # As many columns as the longest row needs: attention gathers whole rows of pages.
-    num_columns = -(-int(seq_lens.max()) // block_size)
-    seq_lens_host = seq_lens.tolist()
     metadata = AttentionMetadata(
         positions=device_positions,
         slot_mapping=device_mapping,
-        block_tables=state.block_table[:, :num_columns].index_select(0, device_slots),
+        block_table=state.block_table,
+        slots=device_slots,
         seq_lens=device_lens,
         num_decode_rows=plan.num_decode_rows,
-        query_lens=plan.num_query_tokens,
-        seq_lens_host=seq_lens_host,
         block_size=block_size,
+        query_lens=plan.num_query_tokens,
+        seq_lens_host=seq_lens.tolist(),
     )
     decode_slots = device_slots if decode_only else device_slots[: plan.num_decode_rows]
     input_ids = state.last_token.index_select(0, decode_slots)

@@ -3,6 +3,7 @@
 Never holds a [rows, vocab] log-softmax: a row needs its logsumexp and a few gathered logits. Engine thread only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,16 @@ class Scores:
     top_token_ids: Tensor  # [M, A] int64, most probable first, then by id
     top_logprobs: Tensor  # [M, A] float32
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Scores":
+        """The same with another tensor in every place."""
+        return Scores(
+            function(self.token_ids),
+            function(self.logprobs),
+            function(self.ranks),
+            function(self.top_token_ids),
+            function(self.top_logprobs),
+        )
+
     def to_host(self, num_alternatives: list[int]) -> list[TokenLogprobs]:
         """One entry per row with as many alternatives as it wants. Waits for the device."""
         columns = (self.token_ids, self.logprobs, self.ranks, self.top_token_ids, self.top_logprobs)
@@ -43,6 +54,18 @@ def score(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> Scores:
     ranks = (logits > chosen).sum(-1).add_(1)
     top_values, top_ids = _ordered_topk(logits, num_alternatives)
     return Scores(token_ids, (chosen - norm).squeeze(1), ranks, top_ids, top_values - norm)
+
+
+def score_on_device(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> Scores:
+    """`score` by a kernel, for logits of any precision; token_ids [M] int32."""
+    # Here, as triton is not installed everywhere.
+    from asyncllm.layers.triton_logits import score as score_kernel
+
+    token_logprobs, ranks = score_kernel(logits, token_ids)
+    chosen = logits.gather(1, token_ids.long().unsqueeze(1)).float()  # [M, 1]
+    norm = chosen - token_logprobs.unsqueeze(1)
+    top_values, top_ids = _ordered_topk(logits, num_alternatives)
+    return Scores(token_ids, token_logprobs, ranks, top_ids, top_values.float() - norm)
 
 
 def _ordered_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -44,13 +44,20 @@ def row_keys(seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> 
     return torch.from_numpy(words)
 
 
+def token_hashes(vocab_size: int) -> Tensor:
+    """The table `token_hash`, [V] int32 on the host.
+
+    Neighbouring token ids would meet a row's key almost equal; hashing them once here costs no step anything.
+    """
+    mixed = _mix64(np.arange(1, vocab_size + 1, dtype=np.uint64) * GOLDEN)
+    return torch.from_numpy(mixed.astype(np.uint32).view(np.int32))
+
+
 class CounterNoise:
     """Draws from softmax(z) by Gumbel-max, with the hash above for noise."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        # Neighbouring token ids would meet the row's key almost equal; hashing them once here costs no step anything.
-        mixed = _mix64(np.arange(1, vocab_size + 1, dtype=np.uint64) * GOLDEN)
-        self._token_hash = torch.from_numpy(mixed.astype(np.uint32).view(np.int32)).to(device)  # [V] int32
+        self._token_hash = token_hashes(vocab_size).to(device)
 
     def race(self, z: Tensor, keys: Tensor) -> Tensor:
         """Scores z + Gumbel noise over the whole vocabulary, in place: the row's argmax is the draw.

@@ -78,9 +78,9 @@ class TorchExecutor:
         self.capacity = capacity
         self.facts = facts
         self._device = device
-        shape = (2, capacity.num_blocks, capacity.block_size, architecture.num_kv_heads, architecture.head_dim)
+        shape = (2, capacity.num_blocks, architecture.num_kv_heads, capacity.block_size, architecture.head_dim)
         # `zeros` would leave a CPU's pages unmapped until first used; writing them now makes resident memory final.
-        self.kv_caches = [  # per layer [2, num_blocks, B, K, D]
+        self.kv_caches = [  # per layer [2, num_blocks, K, B, D]
             torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(architecture.num_layers)
         ]
         self.slots = SlotState(capacity, device)
@@ -105,6 +105,10 @@ class TorchExecutor:
             prompt_scores=self._score_prompts(plan, inputs, hidden) if plan.prompt_logprob_rows else None,
         )
 
+    def improve(self) -> bool:
+        """Nothing to prepare: every step runs eagerly."""
+        return False
+
     def close(self) -> None:
         """Drop weights and cache, so that their memory can be used before this object dies."""
         self.kv_caches.clear()
@@ -117,7 +121,7 @@ class TorchExecutor:
             return None, None
         if inputs.sampling_tokens is not None:
             hidden = hidden.index_select(0, inputs.sampling_tokens)
-        logits = self.model.compute_logits(hidden)  # [R, V] float32
+        logits = self.model.compute_logits(hidden).float()  # [R, V]
         index_of = {row: index for index, row in enumerate(rows)} if plan.banned or plan.logprob_rows else {}
         raw, scored = None, None
         if plan.logprob_rows:
@@ -149,7 +153,9 @@ class TorchExecutor:
         group = max(1, _SCORE_BYTES // (4 * self.capacity.vocab_size))
         token_index, target_ids = self._index(tokens), self._index(targets)
         parts = [
-            logprobs.score(self.model.compute_logits(hidden.index_select(0, some)), some_targets, num_alternatives)
+            logprobs.score(
+                self.model.compute_logits(hidden.index_select(0, some)).float(), some_targets, num_alternatives
+            )
             for some, some_targets in zip(token_index.split(group), target_ids.split(group))
         ]
         return logprobs.concatenate(parts)

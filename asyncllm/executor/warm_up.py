@@ -15,6 +15,10 @@ _DRAWS = (
     SamplingParams(max_tokens=1, temperature=0.7, top_p=0.9, top_k=40),
     SamplingParams(max_tokens=1),
 )
+# All that a row may want beside a draw.
+_EXTRAS = SamplingParams(
+    max_tokens=1, temperature=0.7, top_p=0.9, min_p=0.1, repetition_penalty=1.1, logit_bias=((0, 1.0),)
+)
 
 
 def warm_up(executor: Executor, max_batched_tokens: int) -> None:
@@ -26,6 +30,35 @@ def warm_up(executor: Executor, max_batched_tokens: int) -> None:
     for num_rows in _DECODE_ROWS:
         if num_rows <= min(capacity.max_sequences, max_batched_tokens):
             executor.launch(_plan(capacity, None, [1] * num_rows, is_decode=True)).wait()
+
+
+def warm_up_largest(executor: Executor, max_batched_tokens: int) -> None:
+    """The largest steps there can be, with everything rows can ask for: what they take is the most a step will take.
+
+    Also compiles every kernel, those of rare requests included.
+    """
+    capacity = executor.capacity
+    longest = capacity.max_context_length
+    lens = [longest] * (max_batched_tokens // longest) + [max_batched_tokens % longest or longest]
+    prompts = _plan(capacity, _EXTRAS, lens[: capacity.max_sequences], is_decode=False)
+    _ask_everything(prompts)
+    prompts.prompt_logprob_rows = {0: (20, [0] * (prompts.num_query_tokens[0] - 1))}
+    executor.launch(prompts).wait()
+    rows = [1] * min(capacity.max_sequences, max_batched_tokens)
+    decodes = _plan(capacity, None, rows, is_decode=True)
+    _ask_everything(decodes)
+    executor.launch(decodes).wait()
+    for params in _DRAWS:
+        # One decode row beside prompts, then all rows alone.
+        mixed = _plan(capacity, params, [1, min(2, longest)][: capacity.max_sequences], is_decode=False)
+        mixed.num_decode_rows, mixed.token_ids = 1, mixed.token_ids[1:]
+        executor.launch(mixed).wait()
+        executor.launch(_plan(capacity, None, rows, is_decode=True)).wait()
+
+
+def _ask_everything(plan: StepPlan) -> None:
+    plan.banned = {0: [1]}
+    plan.logprob_rows = dict.fromkeys(range(len(plan.slots)), 20)
 
 
 def _plan(

@@ -27,7 +27,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self._packed: Tensor | None = None  # opaque oneDNN tensor
 
-    def prepare(self) -> None:
+    def prepare(self, fused: bool) -> None:
         """Pack the loaded weight where that is faster, and let go of the plain one.
 
         A tied embedding holds on to its table by itself. Measured on 2 Zen 4 cores, packed against plain, in µs:

@@ -1,5 +1,7 @@
 """The gated feed-forward layer of Llama and its kin. Engine thread."""
 
+from types import ModuleType
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,8 +16,19 @@ class GatedMLP(nn.Module):
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias, parts)
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
+        self._kernels: ModuleType | None = None
+
+    def prepare(self, fused: bool) -> None:
+        """Choose between a kernel and two operations."""
+        if fused:
+            from asyncllm.layers import triton_activation
+
+            self._kernels = triton_activation
 
     def forward(self, x: Tensor) -> Tensor:  # hot
         """[N, hidden] -> [N, hidden]."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(x)
+        if self._kernels is not None:
+            return self.down_proj(self._kernels.silu_and_mul(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down_proj(functional.silu(gate).mul_(up))

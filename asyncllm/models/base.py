@@ -17,12 +17,12 @@ class CausalLM(Protocol):
     architecture: ModelArchitecture
 
     def forward(self, input_ids: Tensor, metadata: AttentionMetadata, kv_caches: list[Tensor]) -> Tensor:
-        """[N] int64, one [2, num_blocks, B, K, D] per layer -> hidden states [N, hidden] after the last norm.
+        """[N] int64, one [2, num_blocks, K, B, D] per layer -> hidden states [N, hidden] after the last norm.
 
         Stores the step's keys and values in `kv_caches`. The caller holds `torch.inference_mode()`.
         """
         ...
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[M, hidden] -> [M, V] float32."""
+        """[M, hidden] -> [M, V] in the model's dtype."""
         ...

@@ -20,6 +20,7 @@ class ModelArchitecture(msgspec.Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool
     attention_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # an RMS norm over each query and key head, before the rotation
     dtype: str = "bfloat16"  # of the checkpoint: float32, bfloat16, float16; bfloat16 for quantized files
 
     @property
@@ -28,7 +29,8 @@ class ModelArchitecture(msgspec.Struct, frozen=True, kw_only=True):
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         mlp = 3 * self.hidden_size * self.intermediate_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + embeddings + self.hidden_size
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        return self.num_layers * (attention + mlp + norms) + embeddings + self.hidden_size
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes of keys and values that one token needs over all layers."""

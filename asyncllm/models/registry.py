@@ -9,7 +9,10 @@ from asyncllm.errors import StartupError, show
 from asyncllm.models.config import ModelArchitecture
 from asyncllm.models.llama import LlamaForCausalLM
 
-MODELS: dict[str, Callable[[ModelArchitecture, AttentionBackend], nn.Module]] = {"llama": LlamaForCausalLM}
+MODELS: dict[str, Callable[[ModelArchitecture, AttentionBackend], nn.Module]] = {
+    "llama": LlamaForCausalLM,
+    "qwen3": LlamaForCausalLM,  # with qk_norm
+}
 
 
 def build_model(architecture: ModelArchitecture, attention: AttentionBackend) -> nn.Module:

@@ -32,6 +32,7 @@ from asyncllm.types import (
 )
 
 STARTING, READY, DRAINING, DEAD = "starting", "ready", "draining", "dead"
+MAX_NAMED = 20  # requests that the log names of those that died with the engine
 MAX_DRAIN_ROWS = 2048  # rows of one drain, some 5 ms; the rest waits until the loop has looked at everybody else
 
 log = logging.getLogger("asyncllm.router")
@@ -287,13 +288,22 @@ class Router:
 
     def _on_dead(self, dead: EngineDead) -> None:
         if dead.detail:
-            log.error("%s\n%s", dead.message, dead.detail)
+            log.error("%s%s\n%s", dead.message, self._where(dead), dead.detail)
         self.state = DEAD
         self._died = dead
         for stream in self._running.all():
             self._running.fail(stream, Unavailable(f"The engine died: {dead.message}", code="engine_dead"))
         self._ready_or_dead.set()
         self._dead.set()
+
+    def _where(self, dead: EngineDead) -> str:
+        """Where the engine died, and who was there, by the names that clients know."""
+        if not dead.phase:
+            return ""
+        where = f" in {dead.phase} of step {dead.step}" if dead.step else f" in {dead.phase}"
+        ids = self._running.ids_of(dead.request_ids)
+        more = ", ..." if len(ids) > MAX_NAMED else ""
+        return f"{where}; {len(ids)} requests were in flight: {', '.join(ids[:MAX_NAMED]) or 'none'}{more}"
 
 
 def _check_capacity(choice: ChoiceInput, capacity: Capacity) -> None:

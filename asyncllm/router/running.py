@@ -6,7 +6,7 @@ abandoned it, an error failed it. All of them lead through `_forget`, once per c
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from asyncllm.errors import AsyncLLMError
 from asyncllm.router.admission import Queue
@@ -45,6 +45,12 @@ class Running:
     def ids(self) -> list[str]:
         """Their public ids."""
         return list(self._streams)
+
+    def ids_of(self, request_ids: Iterable[int]) -> list[str]:
+        """Public ids behind the engine's; a request that ended here already keeps its number."""
+        choices = self._choices
+        names = (choices[i].stream.public_id if i in choices else f"(ended: {i})" for i in request_ids)
+        return list(dict.fromkeys(names))
 
     def find(self, public_id: str) -> list[RequestStream]:
         """The requests of this id, mostly one or none."""

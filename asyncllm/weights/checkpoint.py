@@ -7,9 +7,11 @@ import importlib.metadata
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from asyncllm.errors import StartupError, show
 from asyncllm.weights.base import Checkpoint, TextFacts
+from asyncllm.weights.dummy import DummyCheckpoint
 from asyncllm.weights.gguf import GGUFCheckpoint
 from asyncllm.weights.safetensors import SafetensorsCheckpoint
 
@@ -21,14 +23,20 @@ EMBEDDED_VERSION = "0.1.2"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # No .bin, .pth or .py: pickles and code are never fetched.
-HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+HUB_TEXT_PATTERNS = ["*.json", "*.jinja", "tokenizer.model"]
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", *HUB_TEXT_PATTERNS]
+
+LoadFormat = Literal["auto", "dummy"]
 
 
-def open_checkpoint(path: str, revision: str = "") -> Checkpoint:
+def open_checkpoint(path: str, revision: str = "", load_format: LoadFormat = "auto") -> Checkpoint:
     """Open an alias, a .gguf file, a directory, or a hub name at `revision` (a branch, tag or commit; empty = main).
 
-    Raises StartupError, one line, when nothing is there or what is there cannot be served.
+    With `load_format` dummy the weights are random, and no weight file is looked for, downloaded or read. Raises
+    StartupError, one line, when nothing is there or what is there cannot be served.
     """
+    if load_format == "dummy":
+        return _open_dummy(path, revision)
     if path == EMBEDDED_MODEL:
         return GGUFCheckpoint(_embedded_file(), EMBEDDED_MODEL)
     local = Path(path).expanduser()
@@ -39,8 +47,26 @@ def open_checkpoint(path: str, revision: str = "") -> Checkpoint:
     if local.is_dir():
         return _open_directory(local, local.resolve().name)
     if HUB_NAME.fullmatch(path):
-        return _open_directory(_download(path, revision), path.rpartition("/")[2])
+        return _open_directory(_download(path, revision, HUB_PATTERNS), path.rpartition("/")[2])
     raise StartupError(f"no such file, directory or model: {show(path)}")
+
+
+def _open_dummy(path: str, revision: str) -> Checkpoint:
+    """Shapes and tokenizer from a directory or the hub; what a GGUF file says is in its one file, weights and all."""
+    local = Path(path).expanduser()
+    name = path.rpartition("/")[2]
+    if path == EMBEDDED_MODEL or local.is_file():
+        raise StartupError(
+            f"{show(path)} is a GGUF file, and model.load_format = dummy needs a directory with config.json and "
+            "tokenizer.json: name one, or set load_format to auto"
+        )
+    if local.is_dir():
+        directory, name = local, local.resolve().name
+    elif HUB_NAME.fullmatch(path):
+        directory = _download(path, revision, HUB_TEXT_PATTERNS)
+    else:
+        raise StartupError(f"no such directory or model: {show(path)}")
+    return DummyCheckpoint.of_directory(directory, name)
 
 
 def _embedded_file() -> Path:
@@ -69,8 +95,8 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     raise StartupError(f"{directory}: neither config.json with *.safetensors nor a .gguf file")
 
 
-def _download(repository: str, revision: str) -> Path:
-    """Fetch what serving needs through the hub client, which honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE."""
+def _download(repository: str, revision: str, patterns: list[str]) -> Path:
+    """Fetch the files that match through the hub client, which honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE."""
     # Imported here: it takes longer than opening a local file.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -83,7 +109,7 @@ def _download(repository: str, revision: str) -> Path:
 
     label = f"{repository} at {revision}" if revision else repository
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except GatedRepoError:
         reason = "access is gated; accept its terms and set HF_TOKEN"
     except RepositoryNotFoundError:

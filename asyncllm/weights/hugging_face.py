@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # "architectures" entry of config.json -> family, the key of models/registry.py.
-FAMILIES = {"LlamaForCausalLM": "llama"}
+FAMILIES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -39,6 +39,7 @@ class _LlamaConfig(msgspec.Struct):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    use_sliding_window: bool = False
     hidden_act: str = "silu"
     torch_dtype: str | None = None
     dtype: str | None = None  # since transformers 5
@@ -75,6 +76,8 @@ def architecture(directory: Path) -> ModelArchitecture:
         raise StartupError(f"{file}: {error}") from None
     if config.hidden_act != "silu":
         raise StartupError(f"{file}: hidden_act {show(config.hidden_act)} is not served; served: silu")
+    if config.use_sliding_window:
+        raise StartupError(f"{file}: use_sliding_window = true is not served yet")
     if min(config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.vocab_size) < 1:
         raise StartupError(f"{file}: sizes must be positive")
     dtype = config.dtype or config.torch_dtype or "float32"
@@ -95,6 +98,7 @@ def architecture(directory: Path) -> ModelArchitecture:
         tie_word_embeddings=config.tie_word_embeddings,
         attention_bias=config.attention_bias,
         mlp_bias=config.mlp_bias,
+        qk_norm=family == "qwen3",
         dtype=dtype,
     )
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from asyncllm.attention.base import AttentionBackend
 from asyncllm.errors import StartupError, show
 from asyncllm.layers.linear import Linear
+from asyncllm.layers.mlp import GatedMLP
 from asyncllm.layers.norm import RMSNorm
+from asyncllm.layers.rotary import Rotary
 from asyncllm.models.base import CausalLM
 from asyncllm.models.registry import build_model
 from asyncllm.weights.base import Checkpoint
@@ -20,7 +22,7 @@ from asyncllm.weights.base import Checkpoint
 MAX_NAMES_SHOWN = 4
 
 
-class _Target(msgspec.Struct, frozen=True):
+class Target(msgspec.Struct, frozen=True):
     """Where one checkpoint tensor goes."""
 
     parameter: Tensor
@@ -30,6 +32,7 @@ class _Target(msgspec.Struct, frozen=True):
 
     @property
     def destination(self) -> Tensor:
+        """The rows of the parameter that the tensor fills."""
         return self.parameter[self.start : self.start + self.num_rows]
 
 
@@ -45,10 +48,10 @@ def load_model(
         with torch.device("meta"):
             model = build_model(checkpoint.architecture, attention)
         _materialise(model, dtype, device)
-        _fill(checkpoint, _targets(model))
+        _fill(checkpoint, targets_of(model))
         for module in model.modules():
-            if isinstance(module, Linear | RMSNorm):
-                module.prepare()
+            if isinstance(module, Linear | RMSNorm | Rotary | GatedMLP):
+                module.prepare(attention.fused)
     return cast(CausalLM, model.eval())
 
 
@@ -65,25 +68,25 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
             setattr(module, name, buffer.to(device))
 
 
-def _targets(model: nn.Module) -> dict[str, _Target]:
+def targets_of(model: nn.Module) -> dict[str, Target]:
     """Every tensor name a checkpoint may hold for this model."""
-    targets: dict[str, _Target] = {}
+    targets: dict[str, Target] = {}
     seen: set[Tensor] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             parts = module.parts if isinstance(module, Linear) and module.parts else None
             if parts is None:
-                targets[f"{path}.{name}"] = _Target(parameter, 0, parameter.shape[0], parameter in seen)
+                targets[f"{path}.{name}"] = Target(parameter, 0, parameter.shape[0], parameter in seen)
             else:
                 start, parent = 0, path.rpartition(".")[0]
                 for part, num_rows in parts.items():
-                    targets[f"{parent}.{part}.{name}"] = _Target(parameter, start, num_rows, False)
+                    targets[f"{parent}.{part}.{name}"] = Target(parameter, start, num_rows, False)
                     start += num_rows
             seen.add(parameter)
     return targets
 
 
-def _fill(checkpoint: Checkpoint, targets: dict[str, _Target]) -> None:
+def _fill(checkpoint: Checkpoint, targets: dict[str, Target]) -> None:
     missing = {name for name, target in targets.items() if not target.optional}
     unexpected = []
     for name, tensor in checkpoint.tensors():

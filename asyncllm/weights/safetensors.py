@@ -39,7 +39,7 @@ class SafetensorsCheckpoint:
     def tokenizer(self) -> "Tokenizer":
         """From tokenizer.json; other formats are converted by transformers. Read once: conversion can take seconds."""
         if self._tokenizer is None:
-            self._tokenizer = _load_tokenizer(self._directory)
+            self._tokenizer = load_tokenizer(self._directory)
         return self._tokenizer.from_str(self._tokenizer.to_str())
 
     def tensors(self) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -104,7 +104,8 @@ def _checked_data_bytes(shard: Path) -> int:
     return end
 
 
-def _load_tokenizer(directory: Path) -> "Tokenizer":
+def load_tokenizer(directory: Path) -> "Tokenizer":
+    """From tokenizer.json, or converted by transformers. Raises StartupError where there is none."""
     from tokenizers import Tokenizer
 
     file = directory / "tokenizer.json"

@@ -38,7 +38,7 @@ class Batch:
         self.values = [torch.randn(length, K, D, generator=generator).to(dtype) for _, length in rows]
         self.query = torch.randn(sum(self.query_lens), H, D, generator=generator).to(dtype)
         # NaN in the pages nobody wrote would spread; the null block may hold anything finite.
-        self.kv_cache = torch.full((2, needed + 1, B, K, D), torch.nan, dtype=dtype)
+        self.kv_cache = torch.full((2, needed + 1, K, B, D), torch.nan, dtype=dtype)
         self.kv_cache[:, 0] = 50.0
         width = max(-(-length // B) for _, length in rows)
         self.tables = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -56,7 +56,8 @@ class Batch:
         return AttentionMetadata(
             positions=torch.tensor(positions),
             slot_mapping=torch.tensor(slots),
-            block_tables=self.tables,
+            block_table=self.tables,
+            slots=torch.arange(len(self.tables)),
             seq_lens=torch.tensor(seq_lens),
             num_decode_rows=num_decode_rows,
             query_lens=query_lens,
@@ -72,11 +73,11 @@ class Batch:
         values = torch.cat([values[:prefix] for values, prefix in zip(self.values, prefixes)])
         if len(keys):
             step = backend.begin(self.metadata(prefixes, prefixes, 0), self.kv_cache)
-            step.forward(keys.new_zeros(len(keys), H, D), keys, values, self.kv_cache, scale)
+            step.attend(keys.new_zeros(len(keys), H, D), keys, values, self.kv_cache, scale)
         keys = torch.cat([keys[prefix:] for keys, prefix in zip(self.keys, prefixes)])
         values = torch.cat([values[prefix:] for values, prefix in zip(self.values, prefixes)])
         step = backend.begin(self.metadata(self.query_lens, self.seq_lens, self.num_decode_rows), self.kv_cache)
-        return step.forward(self.query, keys, values, self.kv_cache, scale)
+        return step.attend(self.query, keys, values, self.kv_cache, scale)
 
     def expected(self) -> torch.Tensor:
         queries = self.query.split(self.query_lens)

@@ -3,7 +3,15 @@ import pytest
 
 from asyncllm.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from asyncllm.errors import StartupError
-from asyncllm.executor.memory import GIB, activation_bytes, check_weights_fit, plan_cache, weight_bytes
+from asyncllm.executor.memory import (
+    GIB,
+    check_weights_fit,
+    cpu_room,
+    gpu_room,
+    graph_bytes,
+    plan_cache,
+    weight_bytes,
+)
 from asyncllm.models.config import ModelArchitecture
 
 SMOL = ModelArchitecture(
@@ -23,6 +31,14 @@ SMOL = ModelArchitecture(
 BLOCK_BYTES = 16 * 2 * 30 * 3 * 64 * 2  # of 16 tokens in bfloat16
 
 
+def room_of(gib, on_gpu, settings):
+    """All of a CPU's memory; on a GPU what is left of 0.9 of a device that is this much larger than what is in use."""
+    if not on_gpu:
+        return cpu_room(int(gib * GIB))
+    used = 2 * GIB
+    return gpu_room(SMOL, settings, 2, int((gib * GIB + used) / 0.9) + 1, used, 0)
+
+
 def config(cache=CacheConfig(), model=ModelConfig(), scheduler=SchedulerConfig()):  # noqa: B008
     return Config(cache=cache, model=model, scheduler=scheduler)
 
@@ -39,26 +55,40 @@ def config(cache=CacheConfig(), model=ModelConfig(), scheduler=SchedulerConfig()
     ],
 )
 def test_cache_size_follows_the_settings_and_the_free_memory(cache, available_gib, on_gpu, expected_blocks):
-    plan = plan_cache(SMOL, config(cache), 2, int(available_gib * GIB), on_gpu)
+    plan = plan_cache(SMOL, config(cache), 2, room_of(available_gib, on_gpu, config(cache)))
     assert plan.capacity.num_blocks == expected_blocks
     assert plan.num_bytes == expected_blocks * BLOCK_BYTES <= available_gib * GIB
 
 
-def test_a_gpu_gives_nine_tenths_less_what_a_step_needs():
-    plan = plan_cache(SMOL, config(), 2, 80 * GIB, True)
-    budget = 0.9 * 80 * GIB - activation_bytes(SMOL, config(), 2)
+def test_a_gpu_gives_its_share_less_what_is_in_use_and_what_steps_need():
+    settings = config(CacheConfig(memory_fraction=0.8))
+    plan = plan_cache(SMOL, settings, 2, gpu_room(SMOL, settings, 2, 40 * GIB, 3 * GIB, GIB))
+    budget = 0.8 * 40 * GIB - 4 * GIB
     assert budget - BLOCK_BYTES < plan.num_bytes <= budget
+    assert plan.summary.endswith("(0.8 of 40.00 GiB, less 3.00 GiB in use and 1.00 GiB kept for steps)")
+
+
+def test_a_huge_gpu_gets_no_more_blocks_than_all_sequences_at_full_length_can_fill():
+    plan = plan_cache(SMOL, config(), 2, gpu_room(SMOL, config(), 2, 140 * GIB, GIB, GIB))
+    assert plan.capacity.num_blocks == 256 * 8192 // 16 + 1
+
+
+def test_graphs_share_the_memory_of_the_largest():
+    one, many = graph_bytes(SMOL, 256, 512, 1, 2), graph_bytes(SMOL, 256, 512, 140, 2)
+    assert one > 256 * SMOL.vocab_size * 2
+    assert many - one == 139 * 2 * 2**20
+    assert graph_bytes(SMOL, 0, 0, 0, 2) == 0
 
 
 def test_summary_says_what_fits_in_words():
-    plan = plan_cache(SMOL, config(), 2, 64 * GIB, False)
+    plan = plan_cache(SMOL, config(), 2, cpu_room(64 * GIB))
     assert plan.summary == "KV: 46,576 tokens in 1.00 GiB; 256 sequences of 181"
     assert plan.capacity.num_kv_tokens == 46_576
     assert plan.capacity.max_context_length == 8192
 
 
 def test_context_shrinks_to_what_fits_and_the_summary_says_so():
-    plan = plan_cache(SMOL, config(CacheConfig(num_blocks=100)), 2, GIB, False)
+    plan = plan_cache(SMOL, config(CacheConfig(num_blocks=100)), 2, cpu_room(GIB))
     assert plan.capacity.max_context_length == 1600
     assert plan.summary.endswith("context limited to 1,600 of the model's 8,192 tokens: raise cache.memory_gib")
 
@@ -67,10 +97,10 @@ def test_context_shrinks_to_what_fits_and_the_summary_says_so():
     ("settings", "available_gib", "on_gpu", "words"),
     [
         (config(CacheConfig(memory_gib=8)), 4, False, ["8.00 GiB", "4.00 GiB", "lower cache.memory_gib = 8"]),
-        (config(CacheConfig(memory_gib=3.8)), 4, True, ["3.80 GiB beside 0.37 GiB", "lower cache.memory_gib = 3.8"]),
+        (config(CacheConfig(memory_gib=4.2)), 4, True, ["4.20 GiB", "in use", "lower cache.memory_gib = 4.2"]),
         (config(CacheConfig(num_blocks=10**6)), 4, True, ["4.00 GiB", "lower cache.num_blocks = 1000000"]),
         (config(), 0.0005, False, ["one block", "cache.memory_gib"]),
-        (config(), 0.25, True, ["0.25 GiB available", "scheduler.max_batched_tokens"]),
+        (config(), 0.0005, True, ["0.00 GiB are available (0.9 of", "cache.memory_fraction"]),
         (config(model=ModelConfig(max_context_length=9000)), 4, False, ["model.max_context_length = 9000", "8192"]),
         (
             config(CacheConfig(num_blocks=100), ModelConfig(max_context_length=4096)),
@@ -82,7 +112,7 @@ def test_context_shrinks_to_what_fits_and_the_summary_says_so():
 )
 def test_what_does_not_fit_is_refused_with_the_keys_to_change(settings, available_gib, on_gpu, words):
     with pytest.raises(StartupError) as caught:
-        plan_cache(SMOL, settings, 2, int(available_gib * GIB), on_gpu)
+        plan_cache(SMOL, settings, 2, room_of(available_gib, on_gpu, settings))
     assert "\n" not in caught.value.message
     for word in words:
         assert word in caught.value.message

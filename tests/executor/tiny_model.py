@@ -49,7 +49,8 @@ class TinyModel:
         hidden, token = [], 0
         for row, num_query in enumerate(metadata.query_lens):
             offsets = torch.arange(metadata.block_size)
-            addresses = (metadata.block_tables[row].unsqueeze(1) * metadata.block_size + offsets).flatten()
+            pages_of_row = metadata.block_table[metadata.slots[row]].unsqueeze(1)
+            addresses = (pages_of_row * metadata.block_size + offsets).flatten()
             values = pages[addresses[: metadata.seq_lens_host[row]]]
             for _ in range(num_query):
                 position = int(metadata.positions[token])

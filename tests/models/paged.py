@@ -2,9 +2,10 @@
 
 import random
 
+import numpy as np
 import torch
 
-from asyncllm.attention.base import AttentionMetadata
+from asyncllm.attention.base import AttentionMetadata, PrefillRows
 from asyncllm.models.base import CausalLM
 
 
@@ -21,10 +22,13 @@ class PagedRunner:
     ) -> None:
         a = model.architecture
         self.model = model
+        self.dtype = dtype
+        self.device = model.model.embed_tokens.weight.device  # type: ignore[attr-defined]
         self.block_size = block_size
-        shape = (2, num_blocks, block_size, a.num_kv_heads, a.head_dim)
-        # Rubbish instead of zeros: what nobody wrote must not be read.
-        self.kv_caches = [torch.full(shape, 100.0, dtype=dtype) for _ in range(a.num_layers)]
+        shape = (2, num_blocks, a.num_kv_heads, block_size, a.head_dim)
+        # Rubbish instead of zeros: what nobody wrote must not be read. Kernels do not even touch it.
+        rubbish = torch.nan if model.attention.fused else 100.0  # type: ignore[attr-defined]
+        self.kv_caches = [torch.full(shape, rubbish, dtype=dtype, device=self.device) for _ in range(a.num_layers)]
         self.free_blocks = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free_blocks)
         self.blocks: dict[str, list[int]] = {}
@@ -48,20 +52,35 @@ class PagedRunner:
             seq_lens.append(end)
         width = max(len(self.blocks[name]) for name, _ in rows)
         tables = [self.blocks[name] + [0] * (width - len(self.blocks[name])) for name, _ in rows]
+        attention = self.model.attention  # type: ignore[attr-defined]
+        dtype = torch.int32 if attention.fused else torch.int64
+
+        def tensor(values: list) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        prefill = None
+        if attention.fused and num_decode_rows < len(rows):
+            starts = [sum(rows_lens[:row]) for row in range(len(rows))]
+            tiles = attention.tiles(
+                np.array(rows_lens[num_decode_rows:]), np.array(seq_lens[num_decode_rows:]), num_decode_rows, self.dtype
+            )
+            prefill = PrefillRows(tensor(starts), tensor(rows_lens), tensor(seq_lens), tensor(tiles.tolist()))
         metadata = AttentionMetadata(
-            positions=torch.tensor(positions),
-            slot_mapping=torch.tensor(slots),
-            block_tables=torch.tensor(tables),
-            seq_lens=torch.tensor(seq_lens),
+            positions=tensor(positions),
+            slot_mapping=tensor(slots),
+            block_table=tensor(tables),
+            slots=tensor(list(range(len(tables)))),
+            seq_lens=tensor(seq_lens),
             num_decode_rows=num_decode_rows,
             query_lens=rows_lens,
             seq_lens_host=seq_lens,
             block_size=self.block_size,
+            prefill=prefill,
         )
-        input_ids = torch.tensor([token for _, tokens in rows for token in tokens])
+        input_ids = tensor([token for _, tokens in rows for token in tokens])
         with torch.inference_mode():
             hidden = self.model.forward(input_ids, metadata, self.kv_caches)
-            return list(self.model.compute_logits(hidden).split(rows_lens))
+            return list(self.model.compute_logits(hidden).float().cpu().split(rows_lens))
 
     def greedy(self, prompt: list[int], num_tokens: int, name: str = "greedy") -> list[int]:
         """Prefill, then decode one by one."""

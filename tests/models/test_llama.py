@@ -1,4 +1,7 @@
-"""The Llama code against transformers, on tiny random models, through a paged cache with shuffled blocks."""
+"""The Llama code against transformers, on tiny random models, through a paged cache with shuffled blocks.
+
+In plain torch, and with every Triton kernel a model has (interpreted where there is no CUDA).
+"""
 
 import random
 from pathlib import Path
@@ -8,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from asyncllm.attention.torch_attention import TorchAttention
+from asyncllm.attention.triton_attention import TritonAttention
 from asyncllm.errors import StartupError
 from asyncllm.models.base import CausalLM
 from asyncllm.models.config import ModelArchitecture
@@ -26,15 +30,28 @@ VARIANTS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "odd-sizes": {"vocab_size": 97, "hidden_size": 39, "intermediate_size": 53, "head_dim": 14,
                   "num_attention_heads": 3, "num_key_value_heads": 3},
+    "qwen3": {"family": "qwen3", "head_dim": 16},
+    "qwen3-tied": {"family": "qwen3", "head_dim": 24, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "kernels-grouped-query": {"head_dim": 64},
+    "kernels-qwen3": {"family": "qwen3", "head_dim": 80, "num_attention_heads": 3, "num_key_value_heads": 1},
+    "kernels-odd-sizes": {"vocab_size": 97, "hidden_size": 39, "intermediate_size": 53, "head_dim": 96,
+                          "num_attention_heads": 3, "num_key_value_heads": 3, "attention_bias": True},
     "wide-heads": {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[CausalLM, LlamaForCausalLM]:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: torch.device
+) -> tuple[CausalLM, LlamaForCausalLM]:
     directory = tmp_path_factory.mktemp("llama")
     reference = save_llama(directory, **VARIANTS[request.param])
-    return load_model(open_checkpoint(str(directory)), TorchAttention(), torch.float32, CPU), reference
+    checkpoint = open_checkpoint(str(directory))
+    a = checkpoint.architecture
+    if not request.param.startswith("kernels"):
+        return load_model(checkpoint, TorchAttention(), torch.float32, CPU), reference
+    attention = TritonAttention(8, a.num_heads, a.num_kv_heads, a.head_dim, device, num_sms=4)
+    return load_model(checkpoint, attention, torch.float32, device), reference
 
 
 def tokens_of(seed: int, length: int) -> list[int]:
@@ -104,7 +121,6 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
         torch.cat([runner.step([("a", tokens[:20])])[0], *(runner.step([("a", [t])])[0] for t in tokens[20:])])
         for runner in runners
     )
-    assert rounded.dtype == torch.float32
     assert float((rounded - exact).pow(2).mean().sqrt()) < 0.03 * float(exact.std())
 
 

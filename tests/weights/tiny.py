@@ -8,7 +8,14 @@ import gguf
 import numpy
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 TINY = {
     "vocab_size": 96,
@@ -24,10 +31,17 @@ TINY = {
 }
 
 
-def llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def llama(seed: int = 0, family: str = "llama", **overrides: Any) -> Any:
     """A float32 reference model whose logits are far enough apart for greedy decoding to be stable."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, "initializer_range": 0.3, **overrides})).eval()
+    make_config, make_model = FAMILIES[family]
+    model = make_model(make_config(**{**TINY, "initializer_range": 0.3, **overrides})).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
