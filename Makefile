@@ -7,12 +7,14 @@ BENCH ?= --requests-per-stream 1 --starts 1 --memory-soak 500
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install serve test lint format docs bench bench-load clean
+.PHONY: help install serve test test-kernels lint format docs bench bench-load gpu-check clean
 
 help:
 	@echo "make serve   run the server with $(CONFIG) (any key by environment: ASYNCLLM_SERVER__PORT=9000 make serve)"
 	@echo "make test    all tests        make lint     ruff and mypy"
+	@echo "make test-kernels  compile every kernel in every shape for sm_80, sm_90 and sm_100"
 	@echo "make bench   against transformers serve, interleaved; one JSON line last"
+	@echo "make gpu-check  proof on a CUDA machine, 8 minutes, no network; rehearsed by GPU_CHECK=--rehearse"
 	@echo "make docs    regenerate docs/configuration.md and docs/metrics.md"
 
 # torch first and pinned: a looser request fetches gigabytes of CUDA packages on machines that have no use for them.
@@ -39,6 +41,9 @@ serve: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
+test-kernels: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/kernels -m kernels
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,6 +62,10 @@ bench: $(VENV)/.installed-bench
 
 bench-load: $(VENV)/.installed-bench
 	$(BIN)/python -m perf.load --url http://127.0.0.1:8000 $(LOAD)
+
+# Borrowed GPU machines bring their own torch and no network: without a virtual environment, $(PYTHON) has to do.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m perf.gpu_check $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ import msgspec
 from perf.sse import Chunk, SseReader, decode_chunk
 
 Endpoint = Literal["completions", "chat"]
+Prompt = str | list[int]  # token ids: /v1/completions only
 PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 MAX_FAILURE_CHARS = 160
 
@@ -28,7 +29,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
     temperature: float = 0.0
     extra_body: dict[str, Any] = {}  # laid over the body last
 
-    def body(self, prompt: str) -> dict[str, Any]:
+    def body(self, prompt: Prompt) -> dict[str, Any]:
         """The request's JSON."""
         body: dict[str, Any] = {"max_tokens": self.output_tokens, "temperature": self.temperature, "stream": True}
         body["stream_options"] = {"include_usage": True}
@@ -127,7 +128,7 @@ def open_session(timeout_s: float) -> aiohttp.ClientSession:
 
 
 async def complete(
-    session: aiohttp.ClientSession, url: str, options: RequestOptions, prompt: str, due_s: float | None = None
+    session: aiohttp.ClientSession, url: str, options: RequestOptions, prompt: Prompt, due_s: float | None = None
 ) -> Completion:
     """Send one request to the server at `url` and read its stream to the end.
 

@@ -18,8 +18,8 @@ import aiohttp
 import msgspec
 
 from perf import facts
-from perf.client import Completion, RequestOptions, complete, open_session
-from perf.prompts import make_prompt
+from perf.client import Completion, Prompt, RequestOptions, complete, open_session
+from perf.prompts import make_prompt, make_token_prompt
 from perf.stats import Summary, ratio
 
 REFUSED = ("HTTP 400", "HTTP 422")  # what servers answer to a field they do not know
@@ -36,6 +36,7 @@ class LoadParams(msgspec.Struct, frozen=True):
     num_warmup: int = 2
     input_tokens: int = 128
     shared_prefix_tokens: int = 0
+    vocab_size: int = 0  # prompts are random token ids below it; 0 = words
     seed: int = 0
     timeout_s: float = 600.0  # of one request
 
@@ -88,7 +89,9 @@ async def _warm_up(session: aiohttp.ClientSession, params: LoadParams) -> Reques
     return options
 
 
-def _prompt(params: LoadParams, index: int) -> str:
+def _prompt(params: LoadParams, index: int) -> Prompt:
+    if params.vocab_size:
+        return make_token_prompt(index, params.input_tokens, params.vocab_size, params.seed)
     return make_prompt(index, params.input_tokens, params.seed, params.shared_prefix_tokens)
 
 
@@ -220,6 +223,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LoadParams, Path | None
     parser.add_argument("--input-tokens", type=_positive, default=128, help="about so many in each prompt")
     parser.add_argument("--output-tokens", type=_positive, default=64)
     parser.add_argument("--shared-prefix-tokens", type=int, default=0, help="of the prompt, equal in all requests")
+    parser.add_argument("--vocab-size", type=int, default=0, help="send random token ids below this instead of words")
     parser.add_argument("--natural-length", action="store_true", help="let answers end by themselves: no ignore_eos")
     parser.add_argument("--extra-body", type=_json_object, default={}, metavar="JSON", help="laid over every body")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds one request may take")
@@ -238,6 +242,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LoadParams, Path | None
         num_warmup=args.warmup,
         input_tokens=args.input_tokens,
         shared_prefix_tokens=args.shared_prefix_tokens,
+        vocab_size=args.vocab_size,
         seed=args.seed,
         timeout_s=args.timeout,
     )

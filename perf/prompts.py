@@ -1,7 +1,7 @@
 """Prompts that no prefix cache can help with: made of common words, the same for the same seed on every machine.
 
-Knows words and counts; knows no tokenizer. A common English word with its leading space is one token in every
-vocabulary in use, so `num_tokens` is met within a few percent.
+Knows words and counts; knows no tokenizer, and so offers prompts of plain token ids as well. A common English word
+with its leading space is one token in every vocabulary in use, so `num_tokens` is met within a few percent.
 """
 
 import random
@@ -40,6 +40,12 @@ def make_prompt(index: int, num_tokens: int, seed: int = 0, shared_prefix_tokens
     shared = random.Random(f"{seed}/shared").choices(WORDS, k=shared_prefix_tokens)
     filler = random.Random(f"{seed}/{index}").choices(WORDS, k=num_tokens - shared_prefix_tokens - len(own))
     return " ".join([*shared, *own, *filler])
+
+
+def make_token_prompt(index: int, num_tokens: int, vocab_size: int, seed: int = 0) -> list[int]:
+    """Prompt `index` of the family `seed` as random token ids: its length is exact whatever the tokenizer is."""
+    rng = random.Random(f"{seed}/{index}/tokens")
+    return [rng.randrange(vocab_size) for _ in range(num_tokens)]
 
 
 def _own_words(index: int) -> list[str]:
