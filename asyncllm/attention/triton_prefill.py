@@ -34,8 +34,8 @@ PREFILL_CONFIGS = {
     (64, 2): PrefillConfig(128, 64, 8, 3),
     (128, 2): PrefillConfig(128, 64, 8, 3),
     (256, 2): PrefillConfig(64, 32, 8, 2),
-    (64, 4): PrefillConfig(32, 32, 4, 2),
-    (128, 4): PrefillConfig(32, 32, 4, 2),
+    (64, 4): PrefillConfig(32, 32, 8, 2),
+    (128, 4): PrefillConfig(16, 16, 4, 1),
     (256, 4): PrefillConfig(16, 16, 4, 2),
 }
 

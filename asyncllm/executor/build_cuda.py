@@ -5,6 +5,7 @@ use stays in use. Nothing later asks the device for more. Engine thread only.
 """
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -155,6 +156,9 @@ def _open(torch_device: torch.device, config: Config, architecture: ModelArchite
     if torch_device.type != "cuda":
         check_gpu("the interpreter", _MIN_CAPABILITY, config, architecture)
         return HostDevice()
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        # Triton builds its launchers with one, at the first kernel; then it would be a traceback.
+        raise StartupError(f"triton needs a C compiler: install gcc or clang, or {_USE_TORCH}")
     name = torch.cuda.get_device_name(torch_device)
     check_gpu(name, torch.cuda.get_device_capability(torch_device), config, architecture)
     return CudaDevice(torch_device, spin=len(os.sched_getaffinity(0)) >= _SPIN_CORES)
