@@ -131,13 +131,12 @@ class Scheduler:
             sequence = running[index]
             index += 1
             if sequence.samples_in_slot:
-                if sequence.num_in_flight and (
-                    sequence.needs_last_token or len(sequence.tokens) + sequence.num_in_flight >= sequence.max_length
-                ):
+                # All but the token in the slot are computed, or will be by steps in flight.
+                num_computed, num_in_flight = sequence.num_computed_tokens, sequence.num_in_flight
+                if num_in_flight and (sequence.needs_last_token or num_computed + 1 >= sequence.max_length):
                     continue
-                num_tokens = sequence.num_computed_tokens + 1
-                if num_tokens <= len(sequence.blocks) * block_size or self._reserve(sequence, num_tokens, builder):
-                    builder.add_decode(sequence)
+                if num_computed % block_size or self._reserve(sequence, num_computed + 1, builder):
+                    builder.add_decode(sequence, num_computed, num_in_flight)
                 continue
             # Everyone behind keeps one token of the budget: a long prompt does not hold up those who decode.
             budget = builder.budget - (len(running) - index)
@@ -236,25 +235,33 @@ class Scheduler:
         if result.logprobs or result.prompt_logprobs:
             self._take_logprobs(step, result, output)
         any_ended = False
-        for row, sequence in enumerate(step.sequences):
-            if sequence.epoch != step.epochs[row]:
+        block_size, request_ids, token_ids = self._block_size, output.request_ids, output.token_ids
+        rows = zip(
+            step.sequences,
+            step.epochs,
+            plan.num_computed_tokens,
+            plan.num_query_tokens,
+            plan.samples,
+            result.token_ids,
+        )
+        for sequence, epoch, num_computed, num_query, samples, token_id in rows:
+            if sequence.epoch != epoch:
                 continue
-            num_computed = plan.num_computed_tokens[row] + plan.num_query_tokens[row]
-            if num_computed // self._block_size > sequence.num_committed_tokens // self._block_size:
-                self._cache_blocks(sequence, num_computed // self._block_size)
+            num_computed += num_query
+            if num_computed % block_size < num_query:  # the row went over the end of a block
+                self._cache_blocks(sequence, num_computed // block_size)
             sequence.num_committed_tokens = num_computed
             if sequence.followers is not None and num_computed >= sequence.num_prompt_tokens:
                 self._waiting.release_followers(sequence)
             finished = None
-            if plan.samples[row]:
-                token_id = result.token_ids[row]
-                output.request_ids.append(sequence.request_id)
-                output.token_ids.append(token_id)
+            if samples:
+                request_ids.append(sequence.request_id)
+                token_ids.append(token_id)
                 sequence.tokens.append(token_id)
                 sequence.num_in_flight -= 1
                 if token_id in sequence.stop_token_ids and sequence.num_output_tokens >= sequence.params.min_tokens:
                     finished = Finished(FinishReason.STOP, stop_token_id=token_id)
-                elif len(sequence.tokens) >= sequence.max_length:
+                elif num_computed + 1 >= sequence.max_length:  # the tokens it has now
                     finished = Finished(FinishReason.LENGTH)
             elif num_computed == sequence.max_length:  # nothing but the prompt was wanted
                 finished = Finished(FinishReason.LENGTH)

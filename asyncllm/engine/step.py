@@ -58,15 +58,15 @@ class StepBuilder:
         for column in range(first_column, len(blocks)):
             self._block_writes.append((sequence.slot, column, blocks[column].block_id))
 
-    def add_decode(self, sequence: Sequence) -> None:  # hot: once per row
-        """A row for the token that the sequence's slot sampled last."""
+    def add_decode(self, sequence: Sequence, num_computed: int, num_in_flight: int) -> None:  # hot: once per row
+        """A row for the token that the sequence's slot sampled last; the numbers are the sequence's own."""
         if sequence.has_extras:
             self._extra_rows.append(len(self._decodes))
         self._decodes.append(sequence)
         self._slots.append(sequence.slot)
-        self._num_computed_tokens.append(sequence.num_computed_tokens)
-        sequence.num_computed_tokens += 1
-        sequence.num_in_flight += 1
+        self._num_computed_tokens.append(num_computed)
+        sequence.num_computed_tokens = num_computed + 1
+        sequence.num_in_flight = num_in_flight + 1
         self.budget -= 1
 
     def add_prefill(self, sequence: Sequence, num_tokens: int) -> None:

@@ -199,7 +199,8 @@ class Router:
             self._metrics.count_rejected(refusal[0])
             raise refusal[1]
         now_s = self._clock()
-        stream = RequestStream(public_id, now_s if arrival_s is None else arrival_s, self._running.abandon)
+        running = self._running
+        stream = RequestStream(public_id, now_s if arrival_s is None else arrival_s, running.abandon, running.wake_list)
         self._running.add_stream(stream)
         self._push(stream, choices, priority, cache_salt)
         limit_s = self._time_limit_s(timeout_s)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from asyncllm.errors import AsyncLLMError
 from asyncllm.router.admission import Queue
 from asyncllm.router.seams import EngineHandle, RouterMetrics
-from asyncllm.router.stream import ChoiceStream, RequestStream
+from asyncllm.router.stream import ChoiceStream, RequestStream, WakeList
 from asyncllm.types import Finished, FinishReason, Started, StepOutput, TokenLogprobs
 
 log = logging.getLogger("asyncllm.router")
@@ -35,6 +35,7 @@ class Running:
         self._clock = clock
         self._choices: dict[int, ChoiceStream] = {}
         self._streams: dict[str, list[RequestStream]] = {}  # clients may use an id twice
+        self.wake_list = WakeList()
         self.idle = asyncio.Event()
         self.idle.set()
 

@@ -1,7 +1,9 @@
 """One API request on its way back: the text of its choices as it grows, and the waiting consumer.
 
 A late consumer finds everything since its last look merged into one delta per choice, so a slow client costs memory for
-its own text and slows nobody else. Knows text and counters; nothing of HTTP or of the engine. Loop thread only.
+its own text and slows nobody else. A consumer that only waits for the next token can leave a sink behind, which is
+called with the news without waking it: a wake-up costs more than all other work on a token. Knows text and counters;
+nothing of HTTP or of the engine. Loop thread only.
 """
 
 import asyncio
@@ -13,6 +15,8 @@ from asyncllm.errors import AsyncLLMError
 from asyncllm.router.detokenizer import Detokenizer
 from asyncllm.router.stop import StopMatcher
 from asyncllm.types import FinishReason, SamplingParams, TokenLogprobs
+
+MAX_WOKEN = 256  # streams woken in one callback of the loop: some 2 ms
 
 
 class ChoiceInput(msgspec.Struct, frozen=True):
@@ -36,6 +40,10 @@ class Delta(msgspec.Struct):
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string, or the stop token's id unless that is an eos
+
+
+# Takes the news of a request's choices (`ChoiceStream.take`) where there is room for it now; False where there is none.
+Sink = Callable[[list["ChoiceStream"]], bool]
 
 
 class ChoiceStream:
@@ -100,26 +108,24 @@ class ChoiceStream:
         if not self.first_token_s:
             self.first_token_s = now_s
         self.last_token_s = now_s
+        text, stop = "", self._stop
+        if not is_stop or self._include_stop:
+            text = self._detokenizer.push(token_id)
+            if stop is not None and text:
+                # As in vLLM: the token that fulfils min_tokens is not checked yet, the next one is.
+                text = stop.push(text, self.num_output_tokens > self._min_tokens)
         delta = self._pending
         if delta is None:
-            delta = self._pending = Delta(self.index)
-        delta.token_ids.append(token_id)
+            delta = self._pending = Delta(self.index, text, [token_id])
+        else:
+            delta.text += text
+            delta.token_ids.append(token_id)
         if logprobs is not None:
             if delta.logprobs is None:
                 delta.logprobs = []
             delta.logprobs.append(logprobs)
             self.has_news = True
-        if is_stop and not self._include_stop:
-            return False
-        text = self._detokenizer.push(token_id)
-        stop = self._stop
-        if not text:
-            return False
-        if stop is not None:
-            # As in vLLM: the token that fulfils min_tokens is not checked yet, the next one is.
-            text = stop.push(text, self.num_output_tokens > self._min_tokens)
-        if text:
-            delta.text += text
+        elif text:
             self.has_news = True
         return stop is not None and stop.matched is not None
 
@@ -162,20 +168,76 @@ class ChoiceStream:
         return self._pending
 
 
+class WakeList:
+    """Streams with news in this turn of the event loop; each is woken once, when the turn's outputs are all read."""
+
+    __slots__ = ("_streams",)
+
+    def __init__(self) -> None:
+        self._streams: list[RequestStream] = []
+
+    def add(self, stream: "RequestStream") -> None:  # hot
+        """There is news for a stream that is not listed yet."""
+        if not self._streams:
+            asyncio.get_running_loop().call_soon(self._wake)
+        self._streams.append(stream)
+
+    def _wake(self) -> None:  # hot: once per step
+        """Wake everybody; in slices, so that the loop looks at other things in between."""
+        streams = self._streams
+        if len(streams) <= MAX_WOKEN:
+            self._streams = []
+        else:
+            self._streams = streams[MAX_WOKEN:]
+            del streams[MAX_WOKEN:]
+            asyncio.get_running_loop().call_soon(self._wake)
+        for stream in streams:
+            stream.hand_over()
+
+
 class RequestStream:
     """What the server holds of a running request. One consumer."""
 
-    __slots__ = ("_error", "_on_abort", "_waiter", "arrival_s", "choices", "deadline", "num_running", "public_id")
+    __slots__ = (
+        "_error",
+        "_is_listed",
+        "_on_abort",
+        "_sink",
+        "_waiter",
+        "_wake_list",
+        "arrival_s",
+        "choices",
+        "deadline",
+        "num_running",
+        "public_id",
+    )
 
-    def __init__(self, public_id: str, arrival_s: float, on_abort: Callable[["RequestStream"], None]) -> None:
+    def __init__(
+        self,
+        public_id: str,
+        arrival_s: float,
+        on_abort: Callable[["RequestStream"], None],
+        wake_list: WakeList,
+    ) -> None:
         self.public_id = public_id
         self.arrival_s = arrival_s
         self.choices: list[ChoiceStream] = []
         self.num_running = 0  # choices that have not ended
         self.deadline: asyncio.TimerHandle | None = None
         self._on_abort = on_abort
+        self._wake_list = wake_list
+        self._is_listed = False
         self._waiter: asyncio.Future[None] | None = None
         self._error: AsyncLLMError | None = None
+        self._sink: Sink | None = None
+
+    def attach(self, sink: Sink) -> None:
+        """From now on, news that comes while the consumer waits in `get` is offered to `sink`.
+
+        The consumer still gets what `sink` does not take, what comes while it does something else, and the end. `sink`
+        is called on the loop thread and must not block; what it raises ends the request with that error.
+        """
+        self._sink = sink
 
     async def get(self) -> list[Delta]:
         """Wait for news, then everything since the last call: one merged delta per choice that has some.
@@ -211,11 +273,23 @@ class RequestStream:
         if self.num_running:
             self._on_abort(self)
 
-    def wake(self) -> None:  # hot
-        """There is news: let the consumer run once this callback is through. Called by the router."""
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+    def wake(self) -> None:  # hot: once per token
+        """There is news: hand it over once everybody's was read. Called by the router."""
+        if not self._is_listed and self._waiter is not None:
+            self._is_listed = True
+            self._wake_list.add(self)
+
+    def hand_over(self) -> None:  # hot: once per step
+        """Offer the news to the sink, or wake the consumer. Called by the wake list."""
+        self._is_listed = False
+        waiter, sink = self._waiter, self._sink
+        if waiter is None or waiter.done():  # it does something else, and looks for news itself before it waits again
+            return
+        try:
+            if sink is None or not self.num_running or self._error is not None or not sink(self.choices):
+                waiter.set_result(None)
+        except Exception as error:
+            waiter.set_exception(error)
 
     def fail(self, error: AsyncLLMError) -> None:
         """The request ends with this error. Called by the router."""

@@ -70,6 +70,9 @@ class CompletionAnswer:
         self._wants_logprobs = body.logprobs is not None
         self._asked_prompt_logprobs = body.prompt_logprobs is not None
         self._echo = bool(body.echo)
+        self._is_plain = not (
+            self._echo or self._wants_logprobs or self._asked_prompt_logprobs
+        )
         head = {
             "id": job.id,
             "object": "text_completion",
@@ -99,6 +102,8 @@ class CompletionAnswer:
     def delta(self, delta: Delta, usage: Usage | None) -> bytes:  # hot
         """A text chunk where there is text, then the finish chunk where it ended."""
         index = delta.index
+        if self._is_plain and usage is None and delta.finish_reason is None:
+            return self._starts[index] + encode_json(delta.text) + self._plain_end if delta.text else b""
         if delta.prompt_logprobs:
             self._prompt_entries[index] += delta.prompt_logprobs
         frames = b""

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from asyncllm.errors import AsyncLLMError, InvalidRequest, Timeout
-from asyncllm.router.stream import ChoiceInput, Delta, RequestStream
+from asyncllm.router.stream import ChoiceInput, ChoiceStream, Delta, RequestStream
 from asyncllm.server import params
 from asyncllm.server.body import check_content_type, decode, read_body
 from asyncllm.server.logprobs import TokenText
@@ -236,18 +236,37 @@ async def _collect(job: Job, whole: Callable[[Job, list[Choice]], msgspec.Struct
 
 
 async def _stream(request: web.Request, job: Job, frames: Frames) -> web.StreamResponse:
-    """Headers and the first chunk at once; then one write per wake-up; errors become an event."""
+    """Headers and the first chunk at once; then one write per wake-up; errors become an event.
+
+    While the client keeps up, news goes from the router to the socket without this coroutine; it wakes for the end, and
+    to wait where the socket is full.
+    """
     serving = request.app[SERVING]
     response = web.StreamResponse(headers=HEADERS | job.headers | {"Server-Timing": server_timing(job.stream)})
     await response.prepare(request)
-    with serving.streams.opened(response) as sse:
+
+    def frame(deltas: list[Delta]) -> bytes:
+        running = job.usage() if job.continuous_usage else None
+        return b"".join([frames.delta(delta, running) for delta in deltas])
+
+    def send(choices: list[ChoiceStream]) -> bool:  # hot: once per token
+        if not sse.has_room:
+            return False
+        if len(choices) == 1 and not job.continuous_usage:
+            chunk = frames.delta(choices[0].take(), None)
+        else:
+            chunk = frame([choice.take() for choice in choices if choice.has_news])
+        if chunk:
+            sse.send(chunk)
+        return True
+
+    with serving.streams.opened(request, response) as sse:
         serving.metrics.streams_open = len(serving.streams)
         try:
             await sse.write(frames.opening() or b": ok\n\n")
-            while deltas := await job.stream.get():  # hot
-                running = job.usage() if job.continuous_usage else None
-                chunk = b"".join([frames.delta(delta, running) for delta in deltas])
-                if chunk:
+            job.stream.attach(send)
+            while deltas := await job.stream.get():
+                if chunk := frame(deltas):
                     await sse.write(chunk)
             await sse.write((frames.usage(job.usage()) if job.include_usage else b"") + DONE)
         except AsyncLLMError as error:

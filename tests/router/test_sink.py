@@ -1,0 +1,135 @@
+"""News that goes from the router to a consumer's sink without waking the consumer."""
+
+import asyncio
+
+import pytest
+
+from asyncllm.errors import AsyncLLMError
+from asyncllm.router import stream as streams
+from asyncllm.router.stream import ChoiceStream, Delta, RequestStream
+from asyncllm.types import Finished, FinishReason
+from tests.router.harness import Bench, choice
+
+LENGTH = Finished(FinishReason.LENGTH)
+
+
+class Consumer:
+    """A task that waits for news as a handler does, and the sink it left behind."""
+
+    def __init__(self, stream: RequestStream) -> None:
+        self.sunk: list[list[Delta]] = []
+        self.got: list[list[Delta]] = []
+        self.has_room = True
+        self.broken = False
+        self._stream = stream
+        self.task = asyncio.ensure_future(self._run())
+
+    async def _run(self) -> None:
+        self._stream.attach(self._take)
+        while news := await self._stream.get():
+            self.got.append(news)
+
+    def _take(self, choices: list[ChoiceStream]) -> bool:
+        if self.broken:
+            raise ValueError("cannot frame this")
+        if self.has_room:
+            self.sunk.append([choice.take() for choice in choices if choice.has_news])
+        return self.has_room
+
+
+async def turns(count: int = 4) -> None:
+    """Let everything run that is ready, and what that makes ready."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def waiting(stream: RequestStream) -> Consumer:
+    consumer = Consumer(stream)
+    await turns()
+    return consumer
+
+
+async def test_tokens_go_to_the_sink_and_the_end_to_the_consumer(bench: Bench) -> None:
+    consumer = await waiting(bench.submit())
+    for letter in "ab":
+        bench.drain(bench.engine.step({1: ord(letter)}))
+        await turns()
+    assert consumer.sunk == [[Delta(0, "a", [97])], [Delta(0, "b", [98])]] and consumer.got == []
+    bench.drain(bench.engine.step({1: ord("c")}, finished={1: LENGTH}))
+    await consumer.task
+    assert consumer.got == [[Delta(0, "c", [99], finish_reason="length")]]
+    assert len(consumer.sunk) == 2
+
+
+async def test_steps_of_one_drain_are_one_call_of_the_sink(bench: Bench) -> None:
+    consumer = await waiting(bench.submit(choice(), choice()))
+    bench.drain(*(bench.engine.step({1: ord(letter), 2: ord(letter.upper())}) for letter in "abc"))
+    await turns()
+    assert consumer.sunk == [[Delta(0, "abc", list(b"abc")), Delta(1, "ABC", list(b"ABC"))]]
+    consumer.task.cancel()
+
+
+async def test_where_there_is_no_room_the_consumer_gets_what_came(bench: Bench) -> None:
+    consumer = await waiting(bench.submit())
+    consumer.has_room = False
+    bench.drain(bench.engine.step({1: ord("a")}))
+    await turns()
+    consumer.has_room = True
+    bench.drain(bench.engine.step({1: ord("b")}))
+    await turns()
+    assert consumer.got == [[Delta(0, "a", [97])]] and consumer.sunk == [[Delta(0, "b", [98])]]
+    consumer.task.cancel()
+
+
+async def test_news_that_comes_before_the_consumer_waits_is_not_lost_and_not_sunk_out_of_order(bench: Bench) -> None:
+    stream = bench.submit()
+    bench.drain(bench.engine.step({1: ord("a")}))
+    consumer = Consumer(stream)
+    bench.drain(bench.engine.step({1: ord("b")}))
+    await turns()
+    bench.drain(bench.engine.step({1: ord("c")}))
+    await turns()
+    assert consumer.got == [[Delta(0, "ab", [97, 98])]] and consumer.sunk == [[Delta(0, "c", [99])]]
+    consumer.task.cancel()
+
+
+async def test_half_a_character_wakes_nobody(bench: Bench) -> None:
+    consumer = await waiting(bench.submit())
+    bench.drain(bench.engine.step({1: 0xC3}))
+    await turns()
+    assert consumer.sunk == consumer.got == []
+    bench.drain(bench.engine.step({1: 0xA9}))
+    await turns()
+    assert consumer.sunk == [[Delta(0, "é", [0xC3, 0xA9])]]
+    consumer.task.cancel()
+
+
+async def test_a_sink_that_raises_ends_its_own_request_only(bench: Bench) -> None:
+    broken, sound = await waiting(bench.submit()), await waiting(bench.submit())
+    broken.broken = True
+    bench.drain(bench.engine.step({1: ord("a"), 2: ord("b")}))
+    await turns()
+    with pytest.raises(ValueError, match="cannot frame this"):
+        await broken.task
+    assert sound.sunk == [[Delta(0, "b", [98])]]
+    sound.task.cancel()
+
+
+async def test_an_error_reaches_the_consumer_behind_what_was_generated(bench: Bench) -> None:
+    consumer = await waiting(bench.submit())
+    bench.drain(bench.engine.step({1: ord("a")}), bench.engine.step({}, finished={1: Finished(FinishReason.ERROR)}))
+    with pytest.raises(AsyncLLMError):
+        await consumer.task
+    assert consumer.got == [[Delta(0, "a", [97])]]
+
+
+async def test_many_streams_are_woken_in_slices_and_all_of_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_WOKEN", 2)
+    consumers = [await waiting(bench.submit(public_id=f"r{index}")) for index in range(5)]
+    bench.drain(bench.engine.step({request_id: 97 for request_id in range(1, 6)}))
+    await asyncio.sleep(0)
+    assert sum(map(len, (consumer.sunk for consumer in consumers))) == 2, "the loop gets its turn between slices"
+    await turns()
+    assert [consumer.sunk for consumer in consumers] == [[[Delta(0, "a", [97])]]] * 5
+    for consumer in consumers:
+        consumer.task.cancel()
