@@ -44,6 +44,7 @@ class ServerConfig(Table, frozen=True):
     max_connections: Positive = 4096  # open connections in all; above it new ones are closed at once
     max_connections_per_client: Positive = 1024  # open connections of one address (proxies: raise it)
     header_timeout_s: Seconds = 30.0  # seconds in which a request's headers must have arrived
+    write_timeout_s: Seconds = 300.0  # seconds a client may read nothing of a stream that waits for it; 0 = for ever
     body_timeout_s: Seconds = 30.0  # seconds a request's body may stand still before the connection is given up
 
 

@@ -54,6 +54,7 @@ class ChoiceStream:
         "_include_stop",
         "_min_tokens",
         "_pending",
+        "_pieces",
         "_stop",
         "arrival_s",
         "finish_reason",
@@ -98,6 +99,7 @@ class ChoiceStream:
         self._include_stop = choice.include_stop
         self._min_tokens = choice.params.min_tokens
         self._pending: Delta | None = None
+        self._pieces: list[str] = []  # of text behind that of `_pending`: joined once, however long nobody looks
 
     def push(self, token_id: int, logprobs: TokenLogprobs | None, now_s: float, is_stop: bool) -> bool:  # hot
         """Take the next token; True when its text completed a stop string.
@@ -118,7 +120,7 @@ class ChoiceStream:
         if delta is None:
             delta = self._pending = Delta(self.index, text, [token_id])
         else:
-            delta.text += text
+            self._pieces.append(text)
             delta.token_ids.append(token_id)
         if logprobs is not None:
             if delta.logprobs is None:
@@ -143,7 +145,7 @@ class ChoiceStream:
             text = self._stop.push(text, self.num_output_tokens > self._min_tokens) + self._stop.finish()
             if self._stop.matched is not None:
                 reason, stop_reason = FinishReason.STOP, self._stop.matched
-        delta.text += text
+        self._pieces.append(text)
         delta.finish_reason = self.finish_reason = reason.value
         delta.stop_reason = stop_reason
         self.has_news = True
@@ -153,6 +155,9 @@ class ChoiceStream:
         delta = self._pending_delta()
         self._pending = None
         self.has_news = False
+        if self._pieces:
+            delta.text += "".join(self._pieces)
+            self._pieces = []
         return delta
 
     def timings(self) -> tuple[float, float, float] | None:
@@ -262,6 +267,7 @@ class RequestStream:
 
     async def collect(self) -> list[Delta]:
         """Wait for the end: one delta per choice, in order. Raises the error that ended the request."""
+        self.attach(lambda choices: True)  # takes nothing, so that the tokens gather without waking anybody
         whole = [Delta(choice.index) for choice in self.choices]
         while news := await self.get():
             for delta in news:

@@ -5,6 +5,7 @@ Mistral, Gemma): text is then the concatenation of bytes, and decoding needs a t
 Other decoders (WordPiece, Metaspace, CTC) look at neighbours and have no table. Loop thread only.
 """
 
+import contextlib
 import json
 import re
 from typing import Any
@@ -80,9 +81,12 @@ class ByteTable(dict[int, bytes]):
         self._backend = backend
         self._scheme = scheme
         self._skipped = skipped
+        self.texts: dict[int, str] = {}  # of tokens that are whole characters: nearly all, and these need no decoding
 
     def __missing__(self, token_id: int) -> bytes:
         # The model's vocabulary may be padded beyond the tokenizer's: such ids have no text.
         token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
         self[token_id] = raw = b"" if token is None else self._scheme.bytes_of(token)
+        with contextlib.suppress(UnicodeDecodeError):
+            self.texts[token_id] = raw.decode()
         return raw

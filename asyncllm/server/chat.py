@@ -4,7 +4,7 @@ from aiohttp import web
 
 from asyncllm.router.stream import Delta
 from asyncllm.server import params
-from asyncllm.server.job import Asked, Choice, Job, admit, prepare, respond
+from asyncllm.server.job import Asked, Job, admit, prepare, respond
 from asyncllm.server.logprobs import TokenText, chat_logprobs
 from asyncllm.server.responses import (
     ChatChoice,
@@ -98,7 +98,7 @@ class ChatFrames:
         return encode_json(ChatLogprobs(chat_logprobs(delta.logprobs or [], self._token_text)))
 
 
-def chat_body(job: Job, choices: list[Choice]) -> ChatCompletion:
+def chat_body(job: Job, choices: list[Delta]) -> ChatCompletion:
     """The whole answer."""
     first = choices[0].prompt_logprobs
     return ChatCompletion(
@@ -112,9 +112,9 @@ def chat_body(job: Job, choices: list[Choice]) -> ChatCompletion:
     )
 
 
-def _chat_choice(index: int, choice: Choice, token_text: TokenText) -> ChatChoice:
+def _chat_choice(index: int, choice: Delta, token_text: TokenText) -> ChatChoice:
     logprobs = None
     if choice.logprobs is not None:
         logprobs = ChatLogprobs(chat_logprobs(choice.logprobs, token_text))
     message = ChatMessage("assistant", choice.text)
-    return ChatChoice(index, message, logprobs, choice.finish_reason, choice.stop_reason)
+    return ChatChoice(index, message, logprobs, choice.finish_reason or "", choice.stop_reason)

@@ -4,7 +4,7 @@ from aiohttp import web
 
 from asyncllm.router.stream import Delta
 from asyncllm.server import params
-from asyncllm.server.job import Asked, Choice, Job, admit, prepare, respond
+from asyncllm.server.job import Asked, Job, admit, prepare, respond
 from asyncllm.server.logprobs import append_completion_logprobs, append_token
 from asyncllm.server.responses import (
     Completion,
@@ -61,6 +61,12 @@ def _prompt_logprobs(body: CompletionRequest) -> int | None:
     return max((number for number in wanted if number is not None), default=None)
 
 
+def mean_logprob(choice: Delta) -> float:
+    """What best_of ranks by."""
+    entries = choice.logprobs or []
+    return sum(entry.logprob for entry in entries) / len(entries) if entries else float("-inf")
+
+
 class CompletionAnswer:
     """Frames and whole body of one completion request; knows per choice how far its text has got."""
 
@@ -70,9 +76,7 @@ class CompletionAnswer:
         self._wants_logprobs = body.logprobs is not None
         self._asked_prompt_logprobs = body.prompt_logprobs is not None
         self._echo = bool(body.echo)
-        self._is_plain = not (
-            self._echo or self._wants_logprobs or self._asked_prompt_logprobs
-        )
+        self._is_plain = not (self._echo or self._wants_logprobs or self._asked_prompt_logprobs)
         head = {
             "id": job.id,
             "object": "text_completion",
@@ -143,13 +147,13 @@ class CompletionAnswer:
 
     # --- whole -----------------------------------------------------------------------------------------------------
 
-    def whole(self, job: Job, choices: list[Choice]) -> Completion:
+    def whole(self, job: Job, choices: list[Delta]) -> Completion:
         """The whole answer; of best_of choices per prompt the n most probable ones, by mean log-probability."""
         rows: list[CompletionChoice] = []
         for first in range(0, len(choices), self._made):
             made = range(first, first + self._made)
             if self._made > self._keep:
-                made_by_rank = sorted(made, key=lambda i: (-choices[i].mean_logprob(), i))[: self._keep]
+                made_by_rank = sorted(made, key=lambda i: (-mean_logprob(choices[i]), i))[: self._keep]
             else:
                 made_by_rank = list(made)
             rows += [self._choice(len(rows) + i, c, choices[c]) for i, c in enumerate(made_by_rank)]
@@ -162,7 +166,7 @@ class CompletionAnswer:
             usage=job.usage(),
         )
 
-    def _choice(self, index: int, made: int, choice: Choice) -> CompletionChoice:
+    def _choice(self, index: int, made: int, choice: Delta) -> CompletionChoice:
         columns = None
         entries = choice.prompt_logprobs or []
         if self._wants_logprobs:
@@ -170,7 +174,7 @@ class CompletionAnswer:
             offset = self._append_prompt(columns, made, entries) if self._echo else 0
             append_completion_logprobs(columns, choice.logprobs or [], self._job.token_text, offset)
         text = self._prompt_text(made) + choice.text if self._echo else choice.text
-        answer = CompletionChoice(index, text, columns, choice.finish_reason, choice.stop_reason)
+        answer = CompletionChoice(index, text, columns, choice.finish_reason or "", choice.stop_reason)
         if self._asked_prompt_logprobs:
             answer.prompt_logprobs = prompt_logprobs(entries, self._job.token_text.text)
         return answer

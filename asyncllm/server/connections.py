@@ -15,6 +15,8 @@ from asyncllm.config import ServerConfig
 from asyncllm.errors import AsyncLLMError, InvalidRequest
 from asyncllm.server.responses import error_response
 
+SHUTDOWN_TIMEOUT_S = 2.0  # for the last bytes of what was cut off
+
 log = logging.getLogger("asyncllm.server")
 
 
@@ -104,7 +106,8 @@ class GuardedRunner(web.AppRunner):
     __slots__ = ("_config",)
 
     def __init__(self, app: web.Application, config: ServerConfig) -> None:
-        super().__init__(app)
+        # aiohttp would wait 60 s, twice, for a client that does not read; whoever had a reason to wait did so in drain.
+        super().__init__(app, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
         self._config = config
 
     async def _make_server(self) -> web.Server:

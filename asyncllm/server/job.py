@@ -23,7 +23,7 @@ from asyncllm.server.responses import Usage, json_response, usage
 from asyncllm.server.serving import REQUEST_ID, SERVING, Serving
 from asyncllm.server.sse import DONE, HEADERS, Frames
 from asyncllm.server.wire import GenerationRequest
-from asyncllm.types import Capacity, TokenLogprobs
+from asyncllm.types import Capacity
 
 R = TypeVar("R", bound=GenerationRequest)
 MAX_HEADER_CHARS = 1024
@@ -51,31 +51,6 @@ class Asked(msgspec.Struct, kw_only=True):
     default_max_tokens: int | None  # where none was asked for; None = what is left of the context
     logprobs: int | None
     prompt_logprobs: int | None
-
-
-class Choice(msgspec.Struct):
-    """A finished choice, put together from its deltas."""
-
-    text: str = ""
-    finish_reason: str = ""
-    stop_reason: str | int | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Take over the next delta."""
-        self.text += delta.text
-        if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
-        if delta.prompt_logprobs is not None:
-            self.prompt_logprobs = (self.prompt_logprobs or []) + delta.prompt_logprobs
-        if delta.finish_reason is not None:
-            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-
-    def mean_logprob(self) -> float:
-        """What best_of ranks by."""
-        entries = self.logprobs or []
-        return sum(entry.logprob for entry in entries) / len(entries) if entries else float("-inf")
 
 
 class Job(msgspec.Struct):
@@ -216,7 +191,7 @@ def build_choices(
 
 
 async def respond(
-    request: web.Request, job: Job, frames: Frames, whole: Callable[[Job, list[Choice]], msgspec.Struct]
+    request: web.Request, job: Job, frames: Frames, whole: Callable[[Job, list[Delta]], msgspec.Struct]
 ) -> web.StreamResponse:
     """The answer. However this ends (done, error, client gone), nothing of the request stays behind."""
     try:
@@ -225,11 +200,8 @@ async def respond(
         job.stream.abort()  # nothing to do where it finished
 
 
-async def _collect(job: Job, whole: Callable[[Job, list[Choice]], msgspec.Struct]) -> web.Response:
-    choices = [Choice() for _ in job.stream.choices]
-    while deltas := await job.stream.get():
-        for delta in deltas:
-            choices[delta.index].add(delta)
+async def _collect(job: Job, whole: Callable[[Job, list[Delta]], msgspec.Struct]) -> web.Response:
+    choices = await job.stream.collect()
     if all(choice.finish_reason == "timeout" for choice in choices) and not job.usage().completion_tokens:
         raise Timeout("Nothing was generated within the request's timeout.", param="timeout")
     return json_response(whole(job, choices), headers=job.headers | {"Server-Timing": server_timing(job.stream)})

@@ -39,7 +39,7 @@ class Serving:
         self.names = {self.model_name, *config.model.aliases}
         self.metrics = Metrics(config.metrics.prefix, self.model_name)
         self.startup = Startup()
-        self.streams = OpenStreams(config.api.sse_keep_alive_s)
+        self.streams = OpenStreams(config.api.sse_keep_alive_s, config.server.write_timeout_s)
         self.created = int(time.time())
         self.fingerprint = fingerprint(config)
         self._router: Router | None = None

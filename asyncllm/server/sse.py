@@ -72,10 +72,12 @@ class ChunkTemplate:
 class SseStream:
     """One open event stream. The keep-alive task writes between frames when `silent_since_s` is too long ago."""
 
-    __slots__ = ("_is_chunked", "_protocol", "_response", "_transport", "silent_since_s")
+    __slots__ = ("_is_chunked", "_protocol", "_response", "_transport", "_write_timeout_s", "silent_since_s")
 
-    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
+    def __init__(self, request: web.Request, response: web.StreamResponse, write_timeout_s: float) -> None:
+        """`write_timeout_s`: how long a client may leave everything unread; 0 = for ever."""
         self._response = response
+        self._write_timeout_s = write_timeout_s or None
         self._protocol = request.protocol
         self._transport = request.transport
         self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"  # HTTP/1.0 has no chunks
@@ -96,15 +98,25 @@ class SseStream:
         assert self._transport is not None
         self._transport.write(b"%x\r\n%b\r\n" % (len(frames), frames) if self._is_chunked else frames)
 
-    async def write(self, frames: bytes) -> None:  # hot
-        """Send whole frames. Raises ConnectionResetError when the client is gone."""
-        self.silent_since_s = time.monotonic()
-        await self._response.write(frames)
+    async def write(self, frames: bytes) -> None:
+        """Send whole frames, and wait until the socket has room again.
 
-    async def keep_alive(self) -> None:
-        """A comment, which every SSE reader skips."""
-        with contextlib.suppress(ConnectionResetError, RuntimeError):  # the handler's own write will see it
-            await self.write(KEEP_ALIVE)
+        Raises ConnectionResetError when the client is gone, or has left everything unread for too long: its request may
+        be over, but the connection, this task and the text would stay as long as it likes.
+        """
+        self.silent_since_s = time.monotonic()
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._response.write(frames)
+        except TimeoutError:
+            if self._transport is not None:
+                self._transport.abort()
+            raise ConnectionResetError("the client does not read") from None
+
+    def keep_alive(self) -> None:
+        """A comment, which every SSE reader skips; a client that does not even read what it has gets none."""
+        if self.has_room:
+            self.send(KEEP_ALIVE)
 
     async def fail(self, error: AsyncLLMError) -> None:
         """An error after the status line."""
@@ -114,8 +126,9 @@ class SseStream:
 class OpenStreams:
     """All streams of this process, and the task that keeps proxies from cutting silent ones."""
 
-    def __init__(self, keep_alive_s: float) -> None:
+    def __init__(self, keep_alive_s: float, write_timeout_s: float) -> None:
         self._keep_alive_s = keep_alive_s
+        self._write_timeout_s = write_timeout_s
         self._streams: set[SseStream] = set()
 
     def __len__(self) -> int:
@@ -124,7 +137,7 @@ class OpenStreams:
     @contextlib.contextmanager
     def opened(self, request: web.Request, response: web.StreamResponse) -> Iterator[SseStream]:
         """The response as a stream, known to the keep-alive task while the block runs."""
-        stream = SseStream(request, response)
+        stream = SseStream(request, response, self._write_timeout_s)
         self._streams.add(stream)
         try:
             yield stream
@@ -139,4 +152,4 @@ class OpenStreams:
             await asyncio.sleep(self._keep_alive_s / 4)
             overdue = time.monotonic() - self._keep_alive_s
             for stream in [stream for stream in self._streams if stream.silent_since_s <= overdue]:
-                await stream.keep_alive()
+                stream.keep_alive()

@@ -1,4 +1,4 @@
-"""What a stream is on the wire, byte by byte: tokens come one at a time, so that most of it goes past aiohttp's writer."""
+"""What a stream is on the wire, byte by byte: tokens come one at a time, so most of it goes past aiohttp's writer."""
 
 import asyncio
 import json
