@@ -7,13 +7,14 @@ BENCH ?= --requests-per-stream 1 --starts 1 --memory-soak 500
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install serve test test-kernels lint format docs bench bench-load gpu-check clean
+.PHONY: help install serve test test-kernels lint format docs bench bench-frontend bench-load gpu-check clean
 
 help:
 	@echo "make serve   run the server with $(CONFIG) (any key by environment: ASYNCLLM_SERVER__PORT=9000 make serve)"
 	@echo "make test    all tests        make lint     ruff and mypy"
 	@echo "make test-kernels  compile every kernel in every shape for sm_80, sm_90 and sm_100"
 	@echo "make bench   against transformers serve, interleaved; one JSON line last"
+	@echo "make bench-frontend  text in and out over a device that only sleeps, beside two yardsticks; one JSON line last"
 	@echo "make gpu-check  proof on a CUDA machine, 8 minutes, no network; rehearsed by GPU_CHECK=--rehearse"
 	@echo "make docs    regenerate docs/configuration.md and docs/metrics.md"
 
@@ -59,6 +60,9 @@ docs: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m perf.compare $(BENCH)
+
+bench-frontend: $(VENV)/.installed-bench
+	$(BIN)/python -m perf.frontend $(FRONTEND)
 
 bench-load: $(VENV)/.installed-bench
 	$(BIN)/python -m perf.load --url http://127.0.0.1:8000 $(LOAD)
