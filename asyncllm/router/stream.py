@@ -185,7 +185,12 @@ class WakeList:
         """There is news for a stream that is not listed yet."""
         if not self._streams:
             asyncio.get_running_loop().call_soon(self._wake)
-        self._streams.append(stream)
+        if stream.has_spoken:
+            self._streams.append(stream)
+        else:
+            # Somebody waits for a first token; all others have something to read.
+            stream.has_spoken = True
+            self._streams.insert(0, stream)
 
     def _wake(self) -> None:  # hot: once per step
         """Wake everybody; in slices, so that the loop looks at other things in between."""
@@ -213,6 +218,7 @@ class RequestStream:
         "arrival_s",
         "choices",
         "deadline",
+        "has_spoken",
         "num_running",
         "public_id",
     )
@@ -228,6 +234,7 @@ class RequestStream:
         self.arrival_s = arrival_s
         self.choices: list[ChoiceStream] = []
         self.num_running = 0  # choices that have not ended
+        self.has_spoken = False  # its first news was handed over
         self.deadline: asyncio.TimerHandle | None = None
         self._on_abort = on_abort
         self._wake_list = wake_list

@@ -1,10 +1,12 @@
 """News that goes from the router to a consumer's sink without waking the consumer."""
 
 import asyncio
+from functools import partial
 
 import pytest
 
 from asyncllm.errors import AsyncLLMError
+from asyncllm.router import router as routers
 from asyncllm.router import stream as streams
 from asyncllm.router.stream import ChoiceStream, Delta, RequestStream
 from asyncllm.types import Finished, FinishReason
@@ -133,3 +135,39 @@ async def test_many_streams_are_woken_in_slices_and_all_of_them(bench: Bench, mo
     assert [consumer.sunk for consumer in consumers] == [[[Delta(0, "a", [97])]]] * 5
     for consumer in consumers:
         consumer.task.cancel()
+
+
+async def test_a_loop_that_is_late_hands_over_between_two_drains_however_many_wake_ups_are_queued(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routers, "MAX_DRAIN_ROWS", 4)  # two steps of one row
+    consumer = await waiting(bench.submit())
+    for letter in "abcdef":
+        bench.engine.outputs.append(bench.engine.step({1: ord(letter)}))
+        asyncio.get_running_loop().call_soon(bench.router.drain)
+    await turns(8)
+    assert [news[0].text for news in consumer.sunk] == ["ab", "cd", "ef"]
+    consumer.task.cancel()
+
+
+async def test_a_first_token_goes_out_before_the_text_of_others(bench: Bench) -> None:
+    order: list[str] = []
+    tasks = []
+
+    def take(name: str, choices: list[ChoiceStream]) -> bool:
+        order.append(name)
+        return bool([choice.take() for choice in choices])
+
+    for name in ("old", "new"):
+        stream = bench.submit(public_id=name)
+        stream.attach(partial(take, name))
+        tasks.append(asyncio.ensure_future(stream.get()))
+    await turns()
+    bench.drain(bench.engine.step({1: 97}))
+    await turns()
+    order.clear()
+    bench.drain(bench.engine.step({1: 98, 2: 97}))
+    await turns()
+    assert order == ["new", "old"]
+    for task in tasks:
+        task.cancel()
