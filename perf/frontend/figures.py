@@ -10,13 +10,17 @@ from perf.stats import percentile, ratio
 
 Figures = dict[str, float | None]
 
+MAX_TOKENS_PER_EVENT = 1.02  # up to which the n-th event of a stream is taken for that of the n-th step
+
 
 def stream_figures(ours: Seen, limit: Seen, quiet: Seen, traced: Seen, device_us: float) -> Figures:
     """One number of streams in one round. `quiet`: the same sequences, with answers that nobody frames."""
     outcome = ours.outcome
     loop_us, limit_us = _per(outcome.loop_ns, num_tokens(ours)), _per(limit.outcome.loop_ns, limit.outcome.num_events)
     late_ms, quiet_ms = lateness_ms(ours), lateness_ms(quiet)
-    latency_s = commit_to_socket_s(traced.commits_s, traced.outcome.arrivals_s)
+    # An event of several tokens belongs to no one step.
+    is_merged = num_tokens(traced) > MAX_TOKENS_PER_EVENT * traced.outcome.num_events
+    latency_s = [] if is_merged else commit_to_socket_s(traced.commits_s, traced.outcome.arrivals_s)
     before_s = [overhead.before_s for overhead in traced.beside]
     behind_s = [overhead.behind_s for overhead in traced.beside]
     return {
