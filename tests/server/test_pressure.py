@@ -229,7 +229,16 @@ async def test_clients_that_come_and_go_at_random_moments_leave_nothing_behind()
     capacity = small_capacity(
         num_blocks=257, block_size=4, max_sequences=8, max_context_length=256, vocab_size=VOCAB_SIZE
     )
-    async with running(capacity=capacity, server={"max_connections_per_client": 4096}) as server:
+    gate = threading.Semaphore(0)
+    async with running(gate=gate, capacity=capacity, server={"max_connections_per_client": 4096}) as server:
+
+        async def pace() -> None:
+            """A step of the device per turn of the loop: on any machine, who leaves early leaves it at work."""
+            while True:
+                gate.release()
+                await asyncio.sleep(0)
+
+        pacer = asyncio.create_task(pace())
         before = left_behind(server)
         numbers = iter(range(NUM_CHURNED))
 
@@ -245,6 +254,7 @@ async def test_clients_that_come_and_go_at_random_moments_leave_nothing_behind()
         live = {kind.__name__: sum(1 for _ in alive(kind)) for kind in (RequestStream, ChoiceStream)}
         assert live == {"RequestStream": 0, "ChoiceStream": 0}
         assert (await server.complete(prompt="a", max_tokens=3))["choices"][0]["text"] == "bcd"
+        pacer.cancel()
 
 
 # --- probes ----------------------------------------------------------------------------------------------------------
