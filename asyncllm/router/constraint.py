@@ -1,11 +1,11 @@
-"""What runs on the engine thread of a grammar: matchers, and the thinking that goes before them.
+"""What runs on the engine thread of a grammar: its matchers.
 
 A matcher is made on the loop, then belongs to its sequence. Knows token ids and llguidance; nothing of where a grammar
 came from.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from llguidance import LLMatcher
 
@@ -49,13 +49,9 @@ class Grammar:
         """Why it cannot be used; empty if it can."""
         return self._base.get_error()
 
-    def constraint(self, begin_after: tuple[int, ...] | None = None) -> Constraint:
-        """A constraint for one sequence: 1 us. Loop thread.
-
-        `begin_after`: it holds from where these tokens were generated in a row, the end of the thinking part.
-        """
-        constraint = GrammarConstraint(self, self._base, self._num_bytes)
-        return ThinkingBudget(constraint, begin_after, None) if begin_after else constraint
+    def constraint(self) -> Constraint:
+        """A constraint for one sequence: 1 us. Loop thread."""
+        return GrammarConstraint(self, self._base, self._num_bytes)
 
     def renew(self, worn: LLMatcher) -> LLMatcher:
         """A base with a fresh lexer, in place of `worn`, whose lexer is full. Engine thread; compiles: 1 ms or some."""
@@ -123,50 +119,17 @@ class GrammarConstraint:
             raise _failure(self._matcher)
 
 
-class ThinkingBudget:
-    """Thinks freely up to its end, then obeys `inner`; see `Constraint`."""
-
-    __slots__ = ("_end", "_inner", "_max_tokens", "_num_matched", "_num_tokens")
-
-    def __init__(self, inner: Constraint | None, end_token_ids: tuple[int, ...], max_tokens: int | None) -> None:
-        """`inner`: of what comes behind the end, None = anything. `max_tokens`: then it is forced, None = never."""
-        assert end_token_ids, "thinking without an end"
-        # A grammar that waits for the same end would never see it.
-        self._inner: Constraint | None = inner._inner if isinstance(inner, ThinkingBudget) else inner
-        self._end = end_token_ids
-        self._max_tokens = max_tokens
-        self._num_tokens = 0  # of thinking
-        self._num_matched = 0  # tokens of the end that stand at the end of the text; all of them: it is over
-
-    def mask(self) -> bytes | None:
-        """See `Constraint`."""
-        if self._num_matched == len(self._end):
-            return None if self._inner is None else self._inner.mask()
-        if self._max_tokens is not None and self._num_tokens >= self._max_tokens:
-            return one_token(self._end[self._num_matched])
-        return None
-
-    def accept(self, token_id: int) -> None:
-        """See `Constraint`."""
-        end = self._end
-        if self._num_matched == len(end):
-            if self._inner is not None:
-                self._inner.accept(token_id)
-            return
-        self._num_tokens += 1
-        text = (*end[: self._num_matched], token_id)
-        # The longest beginning of the end that the text ends with: all that has to be remembered of it.
-        self._num_matched = next(n for n in range(len(text), -1, -1) if text[len(text) - n :] == end[:n])
-
-    @property
-    def is_done(self) -> bool:
-        """See `Constraint`."""
-        return self._num_matched == len(self._end) and self._inner is not None and self._inner.is_done
-
-
 def one_token(token_id: int) -> bytes:
     """The mask that allows this token alone."""
     return (1 << token_id).to_bytes(4 * (token_id // 32 + 1), "little")
+
+
+def all_but(token_ids: Iterable[int], vocab_size: int) -> bytes:
+    """The mask that allows every token but these."""
+    bits = (1 << vocab_size) - 1
+    for token_id in token_ids:
+        bits &= ~(1 << token_id)
+    return bits.to_bytes(4 * -(-vocab_size // 32), "little")
 
 
 def tidy(message: str) -> str:

@@ -16,7 +16,7 @@ from aiohttp import web
 from asyncllm.errors import AsyncLLMError, InvalidRequest, MethodNotAllowed, NotFound, RequestTooLarge, show
 from asyncllm.server import openapi
 from asyncllm.server.docs_page import DOCUMENT
-from asyncllm.server.responses import error_response
+from asyncllm.server.replies import error_response
 from asyncllm.server.routes import ROUTES, Handler, routes_of
 from asyncllm.server.serving import ERROR_BODY, REQUEST_ID, SERVING, Serving
 

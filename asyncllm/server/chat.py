@@ -13,8 +13,7 @@ from asyncllm.server.chunks import ChunkFrames
 from asyncllm.server.conversation import Conversation, converse
 from asyncllm.server.job import Job, prepare
 from asyncllm.server.logprobs import chat_logprobs
-from asyncllm.server.respond import respond
-from asyncllm.server.responses import (
+from asyncllm.server.replies import (
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
@@ -25,6 +24,7 @@ from asyncllm.server.responses import (
     encode_json,
     prompt_logprobs,
 )
+from asyncllm.server.respond import respond
 from asyncllm.server.serving import SERVING
 from asyncllm.server.structured import wanted_of
 from asyncllm.server.wire import ChatCompletionRequest

@@ -5,7 +5,7 @@ A chunk is `start + json(text) + end`; nothing else is encoded per token.
 
 from asyncllm.errors import AsyncLLMError
 from asyncllm.server.job import Job
-from asyncllm.server.responses import Usage, encode_json, error_body
+from asyncllm.server.replies import Usage, encode_json, error_body
 
 DONE = b"data: [DONE]\n\n"
 

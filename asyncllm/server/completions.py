@@ -7,8 +7,7 @@ from asyncllm.server import params
 from asyncllm.server.chunks import ChunkFrames
 from asyncllm.server.job import Asked, Job, admit, prepare
 from asyncllm.server.logprobs import append_completion_logprobs, append_token
-from asyncllm.server.respond import respond
-from asyncllm.server.responses import (
+from asyncllm.server.replies import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
@@ -16,6 +15,7 @@ from asyncllm.server.responses import (
     encode_json,
     prompt_logprobs,
 )
+from asyncllm.server.respond import respond
 from asyncllm.server.serving import SERVING
 from asyncllm.server.structured import wanted_of
 from asyncllm.server.wire import CompletionRequest

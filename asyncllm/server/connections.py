@@ -13,7 +13,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from asyncllm.config import ServerConfig
 from asyncllm.errors import AsyncLLMError, InvalidRequest
-from asyncllm.server.responses import error_response
+from asyncllm.server.replies import error_response
 
 SHUTDOWN_TIMEOUT_S = 2.0  # for the last bytes of what was cut off
 

@@ -12,13 +12,13 @@ from aiohttp import web
 
 from asyncllm.errors import InvalidRequest
 from asyncllm.router.answers import Reader, Thinking
-from asyncllm.router.constraint import Grammar, ThinkingBudget
+from asyncllm.router.constraint import Grammar, all_but
 from asyncllm.router.grammar import GrammarSpec
-from asyncllm.router.maybe_thinking import MaybeThinking
 from asyncllm.router.output.fallback import fallback_system_prompt, render_history, with_system_prompt
 from asyncllm.router.output.history import adapt_ids
 from asyncllm.router.output.tools import Tool, ToolChoice
 from asyncllm.router.router import Router
+from asyncllm.router.thinking import ANYTHING, MaybeThinking, ThinkingBudget
 from asyncllm.server.job import Arrived, Asked, Job, admit
 from asyncllm.server.serving import SERVING
 from asyncllm.server.structured import Wanted, calls_or
@@ -110,23 +110,21 @@ async def constraint_of(
     budget = conversation.thinking_budget
     if answers.reasoning is None or thinking in (Thinking.NONE, Thinking.OFF):
         return None if grammar is None else grammar.constraint
-    start = tuple(router.tokenizer.encode_prompt(answers.reasoning.start, add_special_tokens=False))
-    end = tuple(router.tokenizer.encode_prompt(answers.reasoning.end, add_special_tokens=False))
-    return _behind_thinking(grammar, thinking, start, end, budget)
-
-
-def _behind_thinking(
-    grammar: Grammar | None, thinking: Thinking, start: tuple[int, ...], end: tuple[int, ...], budget: int | None
-) -> Callable[[], Constraint] | None:
-    """The grammar holds behind the thinking part, which may be limited."""
     if grammar is None and budget is None:
         return None
+    tokenizer, capacity = router.tokenizer, router.accepting()
+    start = tokenizer.encode_prompt(answers.reasoning.start, add_special_tokens=False)
+    end = tuple(tokenizer.encode_prompt(answers.reasoning.end, add_special_tokens=False))
+    # Behind thoughts that must lead to an answer, the model may not stop.
+    thoughts = None if grammar is None else all_but(tokenizer.eos_token_ids, capacity.vocab_size)
 
     def make() -> Constraint:
         inner = None if grammar is None else grammar.constraint()
+        thought = ThinkingBudget(inner, end, budget, thoughts)
         if thinking is Thinking.BEGUN:
-            return ThinkingBudget(inner, end, budget)
-        return MaybeThinking(inner, start, end, budget)
+            return thought
+        # Whether it thinks must show in its first token.
+        return MaybeThinking(inner, start[0], thought) if len(start) == 1 else inner or ANYTHING
 
     return make
 

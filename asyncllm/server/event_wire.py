@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from asyncllm.server.responses import ChatLogprobs, CompletionLogprobs, Usage
+from asyncllm.server.replies import ChatLogprobs, CompletionLogprobs, Usage
 
 
 class ChatDelta(msgspec.Struct):

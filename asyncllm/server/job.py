@@ -19,7 +19,7 @@ from asyncllm.router.stream import ChoiceInput, RequestStream
 from asyncllm.server import params
 from asyncllm.server.body import check_content_type, decode_body, read_body
 from asyncllm.server.logprobs import TokenText
-from asyncllm.server.responses import Usage, usage
+from asyncllm.server.replies import Usage, usage
 from asyncllm.server.serving import REQUEST_ID, SERVING, Serving
 from asyncllm.server.wire import GenerationRequest, ModelRequest
 from asyncllm.types import Capacity, Constraint

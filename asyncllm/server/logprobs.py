@@ -1,7 +1,7 @@
 """Log-probabilities in OpenAI's two shapes. Tokens become text here and nowhere else."""
 
 from asyncllm.router.tokenizer import Tokenizer
-from asyncllm.server.responses import ChatLogprob, CompletionLogprobs, TopLogprob, finite
+from asyncllm.server.replies import ChatLogprob, CompletionLogprobs, TopLogprob, finite
 from asyncllm.types import TokenLogprobs
 
 

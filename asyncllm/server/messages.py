@@ -27,8 +27,8 @@ from asyncllm.server.messages_wire import (
     ToolUseBlock,
     Turn,
 )
+from asyncllm.server.replies import Usage, encode_json, json_response
 from asyncllm.server.respond import respond
-from asyncllm.server.responses import Usage, encode_json, json_response
 from asyncllm.server.serving import ERROR_BODY, SERVING
 from asyncllm.server.sse import event
 from asyncllm.server.wire import GenerationRequest

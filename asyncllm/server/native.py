@@ -30,8 +30,8 @@ from asyncllm.server.native_wire import (
     Stats,
     Timings,
 )
+from asyncllm.server.replies import Usage, encode_json, error_body, json_response
 from asyncllm.server.respond import respond
-from asyncllm.server.responses import Usage, encode_json, error_body, json_response
 from asyncllm.server.serving import SERVING, Serving
 
 BACKEND = "torch"

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from asyncllm import __version__
-from asyncllm.server.responses import ErrorBody, ErrorDetail, encode_json
+from asyncllm.server.replies import ErrorBody, ErrorDetail, encode_json
 from asyncllm.server.routes import Access, Route, routes_of
 from asyncllm.server.states import HONOURED, note, state
 

@@ -21,7 +21,7 @@ from asyncllm.server.probe_wire import (
     StartupProgress,
     Version,
 )
-from asyncllm.server.responses import json_response
+from asyncllm.server.replies import json_response
 from asyncllm.server.serving import SERVING, Serving, version_of
 from asyncllm.server.wire import AbortRequest
 

@@ -4,7 +4,7 @@ However an answer ends (done, error, client gone), nothing of its request stays 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from aiohttp import web
@@ -12,13 +12,13 @@ from aiohttp import web
 from asyncllm.errors import AsyncLLMError, Timeout
 from asyncllm.router.stream import Delta, RequestStream
 from asyncllm.server.job import Job
-from asyncllm.server.responses import json_response
+from asyncllm.server.replies import json_response
 from asyncllm.server.serving import SERVING
 from asyncllm.server.sse import HEADERS, Frames, FrameSink
 
 OPEN = b": ok\n\n"  # a comment: the headers leave with the first bytes of the body
 
-Whole = Callable[[list[Delta]], msgspec.Struct]
+Whole = Callable[[list[Delta]], msgspec.Struct | Sequence[msgspec.Struct | str]]
 
 
 async def respond(request: web.Request, job: Job, frames: Frames, whole: Whole) -> web.StreamResponse:

@@ -33,8 +33,8 @@ from asyncllm.server.native_wire import (
     NativeModels,
     Stats,
 )
-from asyncllm.server.responses import ChatCompletion, Completion, ErrorBody
-from asyncllm.server.responses_api import responses
+from asyncllm.server.replies import ChatCompletion, Completion, ErrorBody
+from asyncllm.server.responses import responses
 from asyncllm.server.responses_wire import Response, ResponsesRequest
 from asyncllm.server.wire import AbortRequest, ChatCompletionRequest, CompletionRequest
 

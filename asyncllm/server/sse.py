@@ -13,7 +13,7 @@ from aiohttp import web
 
 from asyncllm.errors import AsyncLLMError
 from asyncllm.router.stream import ChoiceStream, Delta
-from asyncllm.server.responses import Usage, encode_json
+from asyncllm.server.replies import Usage, encode_json
 
 KEEP_ALIVE = b": keep-alive\n\n"
 LOOKS_PER_INTERVAL = 4  # of the keep-alive task at every stream

@@ -14,7 +14,7 @@ from asyncllm.errors import ContextLengthExceeded, InvalidRequest, show
 from asyncllm.router.tokenizer import ContextLimit
 from asyncllm.server import params
 from asyncllm.server.job import prepare
-from asyncllm.server.responses import json_response
+from asyncllm.server.replies import json_response
 from asyncllm.server.serving import SERVING
 from asyncllm.server.wire import Message, ModelRequest, TokenId, about
 

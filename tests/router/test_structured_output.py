@@ -17,8 +17,9 @@ from asyncllm.config import CacheConfig, SchedulerConfig
 from asyncllm.engine.scheduler import Scheduler
 from asyncllm.executor.host import cpu_has_bfloat16
 from asyncllm.executor.torch_executor import TorchExecutor
-from asyncllm.router.constraint import Grammar, ThinkingBudget
+from asyncllm.router.constraint import Grammar, all_but
 from asyncllm.router.grammar import Grammars, GrammarSpec
+from asyncllm.router.thinking import ThinkingBudget
 from asyncllm.router.tokenizer import Tokenizer
 from asyncllm.types import Capacity, Constraint, FinishReason, SamplingParams, Submit
 from asyncllm.weights.checkpoint import open_checkpoint
@@ -176,9 +177,9 @@ class Outcome:
         for index, sampling in enumerate(SAMPLING):
             self._add(f"sampling {index}", answer.constraint(), **sampling)
         self.end = tuple(self.tokenizer.encode_texts(["</think>\n"])[0])
-        no_eos = tuple((token_id, -100.0) for token_id in self.tokenizer.eos_token_ids)
+        thoughts = all_but(self.tokenizer.eos_token_ids, self.tokenizer.vocab_size)
         choice = self.compiled(GrammarSpec("choice", '["yes", "no"]')).constraint()
-        self._add("thinking", ThinkingBudget(choice, self.end, 10), logit_bias=no_eos)
+        self._add("thinking", ThinkingBudget(choice, self.end, 10, thoughts))
         # Where a processor has no products in bfloat16, they take longer than those in float32.
         dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
         architecture = checkpoint.architecture
