@@ -9,12 +9,22 @@ if TYPE_CHECKING:
     from asyncllm.llm.async_llm import AsyncLLM
     from asyncllm.llm.llm import LLM
     from asyncllm.llm.mount import create_app
-    from asyncllm.llm.output import Choice, Output
+    from asyncllm.llm.output import Choice, Embedding, Output
     from asyncllm.llm.params import SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "AsyncLLM", "AsyncLLMError", "Choice", "Config", "Output", "SamplingParams", "create_app"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "AsyncLLMError",
+    "Choice",
+    "Config",
+    "Embedding",
+    "Output",
+    "SamplingParams",
+    "create_app",
+]
 
 # Imported when first asked for: `import asyncllm` costs nothing, and the server pays for none of it.
 _HOMES = {
@@ -23,6 +33,7 @@ _HOMES = {
     "AsyncLLMError": "asyncllm.errors",
     "Choice": "asyncllm.llm.output",
     "Config": "asyncllm.config",
+    "Embedding": "asyncllm.llm.output",
     "Output": "asyncllm.llm.output",
     "SamplingParams": "asyncllm.llm.params",
     "create_app": "asyncllm.llm.mount",

@@ -30,7 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="check the configuration, print what counts, and exit")
     parser.add_argument("--print-default", action="store_true", help="print a file with every key at its default")
     parser.add_argument("--version", action="version", version=f"asyncllm {__version__}")
+    parser.add_argument("--probe", metavar="MODEL", help="say what a model is, what it needs and whether it is served")
+    parser.add_argument("--json", action="store_true", help="with --probe: one JSON object")
     options = parser.parse_args(arguments)
+    if options.json and not options.probe:
+        parser.error("--json goes with --probe")
     if options.print_default:
         print(default_toml(), end="")
         return 0
@@ -40,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(msgspec.json.format(msgspec.json.encode(config), indent=2).decode())
             return 0
         set_up_logging(config.logging)
+        if options.probe:
+            return probe(options.probe, config, as_json=options.json)
         return run(config)
     except AsyncLLMError as error:
         print(f"asyncllm-server: {error.message}", file=sys.stderr)
@@ -52,6 +58,15 @@ def run(config: Config) -> int:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(config))
+
+
+def probe(name: str, config: Config, *, as_json: bool) -> int:
+    """Print what a model is; 0 where it is served and fits a device of this machine, else 1."""
+    from asyncllm import probe
+
+    answer = probe.probe(name, config)
+    print(msgspec.json.encode(answer).decode() if as_json else probe.report(answer))
+    return 0 if answer.fits else 1
 
 
 class JsonFormatter(logging.Formatter):

@@ -56,10 +56,13 @@ class ModelConfig(Table, frozen=True):
     aliases: tuple[str, ...] = ()  # further names clients may use
     revision: str = ""  # branch, tag or commit of a hub name; empty = main
     load_format: Literal["auto", "dummy"] = "auto"  # dummy = random weights in the model's shapes, for load tests
+    generation_config: Literal["auto", "ignore"] = "auto"  # auto = its sampling defaults and ends of turns count
     dtype: DType = "auto"  # auto = the checkpoint's, bfloat16 for quantized files; float32 where a CPU lacks bfloat16
     device: str = "auto"  # cpu, cuda, cuda:1; auto = cuda where there is one
-    tool_parser: str = "auto"  # how it writes tool calls: hermes, llama3_json, mistral, …; auto = by its template
+    chat_template: str = ""  # Jinja file, or chatml, gemma, generic, llama3, mistral; empty = the checkpoint's
+    tool_parser: str = "auto"  # how it writes tool calls: hermes, qwen3_coder, mistral, …; auto = by its template
     reasoning_parser: str = "auto"  # how it thinks aloud: think, magistral, none; auto = by its template
+    pooling: Literal["last", "mean"] = "last"  # hidden states of an embedding: last = the last token's, mean = of all
     max_context_length: NonNegative = 0  # tokens of prompt plus output; 0 = the model's own
 
 

@@ -3,10 +3,15 @@
 Plain data, no behaviour beyond arithmetic; no torch, no asyncio. Times are `time.monotonic()` seconds.
 """
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
 
 
 class FinishReason(Enum):
@@ -17,6 +22,13 @@ class FinishReason(Enum):
     TIMEOUT = "timeout"
     ABORT = "abort"
     ERROR = "error"
+
+
+class Pooling(Enum):
+    """Which hidden states of a prompt make its embedding; the values are the words of the wire."""
+
+    LAST = "last"  # its last token's
+    MEAN = "mean"  # all of them
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,13 +84,14 @@ class Submit(msgspec.Struct, frozen=True):
     """loop -> engine: generate behind this prompt."""
 
     request_id: int  # unique for the life of the process, > 0
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]  # best an array: the garbage collector looks at every element of a list
     params: SamplingParams
     arrival_s: float
     priority: int = 0  # lower runs first
     cache_salt: str = ""
     after: int = 0  # a sibling's request_id: wait until it has computed the shared prompt; 0 = none
     constraint: Constraint | None = None  # this sequence's own
+    pooling: Pooling | None = None  # hand out sums of the prompt's hidden states; with max_tokens = 0
 
 
 class Abort(msgspec.Struct, frozen=True):
@@ -151,6 +164,7 @@ class StepOutput(msgspec.Struct):
     logprobs: dict[int, TokenLogprobs] | None = None  # of the token in this step's columns
     prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None  # next positions of the prompt, in order
     started: dict[int, Started] | None = None
+    pooled: dict[int, Floats] | None = None  # [hidden], sums of hidden states: a request's are to be added up
     stats: StepStats | None = None
     committed_s: float = 0.0
 
@@ -163,6 +177,7 @@ class Capacity(msgspec.Struct, frozen=True):
     max_sequences: int
     max_context_length: int  # tokens of prompt plus output
     vocab_size: int
+    hidden_size: int = 0  # numbers of a hidden state
 
     @property
     def num_kv_tokens(self) -> int:

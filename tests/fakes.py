@@ -10,15 +10,17 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
+import numpy as np
+
 from asyncllm.executor.base import StepPlan, StepResult
-from asyncllm.types import Capacity, SamplingParams, TokenLogprobs
+from asyncllm.types import Capacity, Floats, Pooling, SamplingParams, TokenLogprobs
 
 NextToken = Callable[[Sequence[int]], int]
 
 
 def small_capacity(**overrides: int) -> Capacity:
     """A tiny machine; any field can be named."""
-    fields = dict(num_blocks=17, block_size=4, max_sequences=4, max_context_length=64, vocab_size=97)
+    fields = dict(num_blocks=17, block_size=4, max_sequences=4, max_context_length=64, vocab_size=97, hidden_size=6)
     return Capacity(**{**fields, **overrides})
 
 
@@ -74,6 +76,18 @@ def fake_logprobs(prefix: Sequence[int], token_id: int, num_alternatives: int) -
     """Log-probabilities that name the position they were computed at."""
     value = -float(hash_of(prefix) % 1000) / 100
     return TokenLogprobs(token_id, value, 1, list(range(num_alternatives)), [value] * num_alternatives)
+
+
+def fake_hidden(prefix: Sequence[int], hidden_size: int) -> Floats:
+    """The last token's hidden state: 1, then small integers that depend on the prefix and add up without rounding."""
+    value = hash_of(prefix)
+    return np.array([1, *(value // 31**i % 97 - 48 for i in range(1, hidden_size))], dtype=np.float32)
+
+
+def expected_sums(prompt: Sequence[int], pooling: Pooling, hidden_size: int) -> list[float]:
+    """What a pooled request must get on the fake device, whatever else runs."""
+    ends = range(len(prompt) if pooling is Pooling.LAST else 1, len(prompt) + 1)
+    return sum(fake_hidden(prompt[:end], hidden_size) for end in ends).tolist()
 
 
 class FakeHandle:
@@ -191,6 +205,8 @@ class FakeExecutor:
         assert all(plan.samples[: plan.num_decode_rows])
         assert len(plan.token_ids) == sum(plan.num_query_tokens[plan.num_decode_rows :])
         assert all(plan.samples[row] for row in plan.masks), "a row is masked that does not sample"
+        for row, (first, end) in plan.pooled_rows.items():
+            assert row >= plan.num_decode_rows and 0 <= first < end <= plan.num_query_tokens[row]
 
     def _query_tokens(self, plan: StepPlan) -> list[list[int]]:
         """[S] lists of input tokens, decode rows read from their slots."""
@@ -238,6 +254,14 @@ class FakeExecutor:
                     fake_logprobs(tokens[: start + 1 + i], target, num_alternatives) for i, target in enumerate(targets)
                 ]
                 assert 0 < len(targets) <= plan.num_query_tokens[row]
+            if row in plan.pooled_rows:
+                first, last = plan.pooled_rows[row]
+                states = [
+                    fake_hidden(tokens[:i], self.capacity.hidden_size)
+                    for i in range(start + first + 1, start + last + 1)
+                ]
+                result.pooled = result.pooled or {}
+                result.pooled[row] = np.sum(states, 0, dtype=np.float32)
             if not plan.samples[row]:
                 result.token_ids.append(-1)
                 continue

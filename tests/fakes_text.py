@@ -3,6 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Callable
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from asyncllm.types import (
@@ -93,6 +94,7 @@ class ScriptedEngine:
         started: dict[int, int] | None = None,
         logprobs: dict[int, TokenLogprobs] | None = None,
         prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
+        pooled: dict[int, list[float]] | None = None,
         stats: StepStats | None = None,
     ) -> StepOutput:
         """One step, a second after the one before: a token per request id; `started`: id -> cached tokens."""
@@ -105,6 +107,7 @@ class ScriptedEngine:
             started=started and {i: Started(cached, self.now_s) for i, cached in started.items()},
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            pooled=pooled and {i: np.array(sums, dtype=np.float32) for i, sums in pooled.items()},
             stats=stats,
             committed_s=self.now_s,
         )

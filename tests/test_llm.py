@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import json
+import math
 import signal
 import subprocess
 import sys
@@ -20,8 +22,11 @@ from asyncllm.config import ModelConfig, SchedulerConfig
 from asyncllm.errors import ConfigError, InvalidRequest, StartupError, Unavailable
 from asyncllm.server import lifecycle
 from asyncllm.server.wire import GenerationRequest
-from tests.fakes_llm import OPTIONS, Devices, fake_devices
-from tests.server.harness import VOCAB_SIZE, ids, says
+from asyncllm.types import Pooling
+from tests.fakes import expected_sums
+from tests.fakes_llm import OPTIONS, Devices, FakeCheckpoint, fake_devices
+from tests.server.harness import CAPACITY, VOCAB_SIZE, ids, says, speaks
+from tests.server.test_tools import CALL, HERMES, THINKS, TIME, WEATHER, facts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -176,6 +181,36 @@ def test_chat_takes_one_conversation_or_many(devices: Devices) -> None:
             with pytest.raises(InvalidRequest) as refused:
                 llm.chat(no_messages)  # type: ignore[arg-type]
             assert refused.value.param == "messages"
+
+
+def test_calls_of_tools_are_found_in_the_answers(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeCheckpoint, "text", facts(HERMES))
+    devices.next_token = speaks(f"Let me see.\n{CALL}")
+    user = [{"role": "user", "content": "How is it?"}]
+    with LLM(**OPTIONS) as llm:
+        outputs = llm.chat([user, user], tools=[WEATHER, TIME], n=2)
+        for choice in (choice for output in outputs for choice in output.choices):
+            [call] = choice.tool_calls
+            assert (choice.finish_reason, choice.content.strip()) == ("tool_calls", "Let me see.")
+            assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Paris"})
+            assert choice.text == f"Let me see.\n{CALL}", "the text stays as the model wrote it"
+        [forced] = llm.chat(user, tools=[WEATHER, TIME], tool_choice="required", parallel_tool_calls=False)
+        assert len(forced.choices[0].tool_calls) == 1 and not forced.choices[0].content
+        [silent] = llm.chat(user, tools=[WEATHER], tool_choice="none")
+        assert silent.choices[0].content == silent.text and not silent.choices[0].tool_calls
+        for wrong, param in (({"tools": [{}]}, "tools[0].type"), ({"tool_choice": "auto"}, "tool_choice")):
+            with pytest.raises(InvalidRequest) as refused:
+                llm.chat(user, **wrong)
+            assert refused.value.param == param
+
+
+def test_thoughts_are_told_from_the_answer(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeCheckpoint, "text", facts(THINKS))
+    devices.next_token = speaks("Hm.\n</think>\n\nYes.", behind="<think>\n")
+    with LLM(**OPTIONS) as llm:
+        [output] = llm.chat([{"role": "user", "content": "Is it?"}])
+    [choice] = output.choices
+    assert (choice.reasoning, choice.content, choice.text) == ("Hm.", "Yes.", "Hm.\n</think>\n\nYes.")
 
 
 def test_a_stream_gives_what_generate_gives_and_says_how_it_ended(llm: LLM) -> None:
@@ -445,3 +480,46 @@ stream = llm.stream("Once", max_tokens=400, ignore_eos=True)
 print(len(next(stream).token_ids) > 0)
 """
     assert run("-c", program) == "True\n"
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_become_vectors_in_their_order(llm: LLM) -> None:
+    texts = [f"text {number}" for number in range(40)]
+    outputs = llm.embed([*texts, ids("ids")])
+    assert [(output.prompt, output.prompt_token_ids) for output in outputs] == [
+        *((text, ids(text)) for text in texts),
+        (None, ids("ids")),
+    ]
+    for output in outputs:
+        sums = expected_sums(output.prompt_token_ids, Pooling.LAST, CAPACITY.hidden_size)
+        assert output.vector.tolist() == pytest.approx([value / math.hypot(*sums) for value in sums], rel=1e-6)
+    assert llm.embed([]) == []
+
+
+def test_vectors_are_made_as_asked_for(llm: LLM) -> None:
+    sums = expected_sums(ids("abcd"), Pooling.MEAN, CAPACITY.hidden_size)
+    [mean] = llm.embed("abcd", pooling="mean", normalize=False, dimensions=3)
+    assert mean.vector.tolist() == [value / 4 for value in sums[:3]]
+    assert str(mean.vector.dtype) == "float32"
+    for wrong, param in (
+        ({"pooling": "cls"}, "pooling"),
+        ({"dimensions": CAPACITY.hidden_size + 1}, "dimensions"),
+        ({"normalise": True}, "normalise"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"timeout": 1e5}, "timeout"),
+    ):
+        with pytest.raises(InvalidRequest) as raised:
+            llm.embed("a", **wrong)
+        assert raised.value.param == param
+
+
+def test_a_prompt_without_a_vector_says_why_and_the_others_have_one(llm: LLM) -> None:
+    outputs = llm.embed(["fine", "a" * 513, ids("a" * 513), "", [10**6]])
+    assert len(outputs[0].vector) == CAPACITY.hidden_size
+    for output in outputs[1:]:
+        assert isinstance(output.error, InvalidRequest)
+        with pytest.raises(InvalidRequest):
+            _ = output.vector
+    assert [output.error.code for output in outputs[1:3] if output.error] == ["context_length_exceeded"] * 2

@@ -27,7 +27,7 @@ def test_a_histogram_counts_at_and_below_its_bounds() -> None:
 def samples(taken: Metrics) -> dict[str, float]:
     """Every sample by its name and labels, `model_name` left out."""
     found = {}
-    for family in text_string_to_metric_families(taken.render().decode()):
+    for family in text_string_to_metric_families(b"".join(taken.families()).decode()):
         for sample in family.samples:
             labels = ",".join(f"{key}={value}" for key, value in sample.labels.items() if key != "model_name")
             found[f"{sample.name.removeprefix('asyncllm:')}{{{labels}}}"] = sample.value
@@ -38,7 +38,7 @@ def test_a_report_without_a_step_changes_gauges_and_counts_no_step() -> None:
     taken = Metrics("asyncllm", "m")
     taken.observe_step(StepStats(num_running=3, num_steps=1, num_scheduled_tokens=7, num_blocks=11, num_used_blocks=5))
     taken.observe_step(StepStats(num_running=0, num_steps=1, num_blocks=11))
-    text = taken.render().decode()
+    text = b"".join(taken.families()).decode()
     assert 'asyncllm:num_requests_running{model_name="m"} 0.0' in text
     assert 'asyncllm:iteration_tokens_total_count{model_name="m"} 1.0' in text
     assert taken.kv_usage == 0.0

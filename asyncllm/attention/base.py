@@ -48,6 +48,8 @@ class AttentionLayer(Protocol):
     num_heads: int
     num_kv_heads: int
     scale: float
+    window: int  # keys a query sees, its own among them; 0: all of them
+    soft_cap: float  # c in c·tanh(score / c); 0: none
     rotary: Rotary
     q_norm: RMSNorm | None  # over each head, before the rotation
     k_norm: RMSNorm | None

@@ -102,6 +102,8 @@ class TritonAttentionStep:
                 self.scratch,
                 out[:num_decode_rows],
                 layer.scale,
+                layer.window,
+                layer.soft_cap,
                 pdl=self.pdl,
             )
         if metadata.prefill is not None:
@@ -117,6 +119,8 @@ class TritonAttentionStep:
                 prefill.tiles,
                 out,
                 layer.scale,
+                layer.window,
+                layer.soft_cap,
                 # Behind a decode launch, whose kernels let it begin before the stores they waited for are done.
                 pdl=self.pdl and not num_decode_rows,
             )

@@ -78,9 +78,9 @@ def _norm_rope_store(
         weight1 = query_weight1.to(tl.float32) + key_weight1.to(tl.float32)
         weight2 = query_weight2.to(tl.float32) + key_weight2.to(tl.float32)
         scale = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF_DIM) + eps)[:, None]
-        # Rounded twice, as transformers rounds: the normalised head, then its product with the weight.
-        x1 = ((x1 * scale).to(raw1.dtype).to(tl.float32) * weight1).to(raw1.dtype).to(tl.float32)
-        x2 = ((x2 * scale).to(raw2.dtype).to(tl.float32) * weight2).to(raw2.dtype).to(tl.float32)
+        # Rounded twice, as transformers rounds: the normalised head to the weight's dtype, then their product.
+        x1 = ((x1 * scale).to(query_weight1.dtype).to(tl.float32) * weight1).to(raw1.dtype).to(tl.float32)
+        x2 = ((x2 * scale).to(query_weight2.dtype).to(tl.float32) * weight2).to(raw2.dtype).to(tl.float32)
     out1 = tl.where(is_value, raw1, (x1 * cos - x2 * sin).to(raw1.dtype))
     out2 = tl.where(is_value, raw2, (x2 * cos + x1 * sin).to(raw2.dtype))
 

@@ -232,6 +232,7 @@ class Embeddings(Answer, kw_only=True):
     data: list[Embedding]
     model: str = ""
     usage: Usage | None = None
+    pooling: str = ""  # which hidden states: last or mean
 
     @property
     def vectors(self) -> list[list[float]]:
@@ -302,6 +303,7 @@ class GenerationChunk(msgspec.Struct, kw_only=True):
     """One event of a native stream; of many prompts, `index` tells which. `final` is its prompt's last."""
 
     text: str
+    reasoning: str = ""  # thinking, told apart from the text
     request_id: str | None = None
     tokens_generated: int = 0
     index: int = 0

@@ -60,8 +60,8 @@ class BlockPool:
         """Blocks that somebody holds."""
         return self.num_blocks - self.num_free
 
-    def match_prefix(self, tokens: list[int], cache_salt: str, max_tokens: int) -> list[Block]:
-        """The longest chain of cached blocks that `tokens` begins with, at most `max_tokens` of them.
+    def match_prefix(self, tokens: "array[int]", cache_salt: str, max_tokens: int) -> list[Block]:
+        """The longest chain of cached blocks that `tokens` ("I") begins with, at most `max_tokens` of them.
 
         The blocks are not held yet: `acquire` them before the pool does anything else.
         """
@@ -71,7 +71,7 @@ class BlockPool:
         size = self.block_size
         parent: TrieParent = cache_salt
         for start in range(0, max_tokens - size + 1, size):
-            block = self._trie.get((parent, _pack(tokens[start : start + size])))
+            block = self._trie.get((parent, tokens[start : start + size].tobytes()))
             if block is None:
                 break
             found.append(block)
@@ -110,7 +110,7 @@ class BlockPool:
                 self._link(block, self._ends if block.key is None else self._ends.prev)
 
     def cache_full_blocks(
-        self, tokens: list[int], blocks: list[Block], start: int, end: int, parent: TrieParent
+        self, tokens: "array[int]", blocks: list[Block], start: int, end: int, parent: TrieParent
     ) -> TrieParent:
         """Make blocks[start:end] findable under `parent`; they are full and their KV is in the cache.
 
@@ -121,7 +121,7 @@ class BlockPool:
             return parent
         size = self.block_size
         for index in range(start, end):
-            key = (parent, _pack(tokens[index * size : (index + 1) * size]))
+            key = (parent, tokens[index * size : (index + 1) * size].tobytes())
             block = self._trie.get(key)
             if block is None:
                 block = blocks[index]
@@ -172,8 +172,3 @@ class BlockPool:
         self.num_free -= 1
         if block.key is not None:
             self.num_cached_free -= 1
-
-
-def _pack(tokens: list[int]) -> bytes:
-    # 4 bytes a token and a cached hash; a tuple would keep 16 int objects alive per block.
-    return array("I", tokens).tobytes()

@@ -18,7 +18,7 @@ from asyncllm.engine.step import ScheduledStep, StepBuilder
 from asyncllm.engine.waiting import WaitingQueue
 from asyncllm.errors import CapacityError, InvalidRequest
 from asyncllm.executor.base import StepPlan, StepResult
-from asyncllm.types import Capacity, Finished, FinishReason, Started, StepOutput, StepStats, Submit
+from asyncllm.types import Capacity, Finished, FinishReason, Floats, Started, StepOutput, StepStats, Submit
 
 WATERMARK_SHARE = 100  # one block in so many stays free at admission, so that the running can grow a little
 
@@ -215,13 +215,15 @@ class Scheduler:
                 return False
         else:
             num_room = self.pool.num_free
-        # The last token is computed in any case, as is every position whose log-probability is still owed.
+        # The last token is computed in any case, as is every position of which something is still owed.
         max_tokens = len(sequence.tokens) - 1
         if (
             sequence.params.prompt_logprobs is not None
             and sequence.num_prompt_logprobs < sequence.num_prompt_tokens - 1
         ):
             max_tokens = sequence.num_prompt_logprobs
+        if sequence.num_pooled_tokens < sequence.num_prompt_tokens:
+            max_tokens = min(max_tokens, sequence.num_pooled_tokens)
         found = self.pool.match_prefix(sequence.tokens, sequence.cache_salt, max_tokens)
         num_wanted = self._num_blocks(len(sequence.tokens)) - sum(block.ref_count > 0 for block in found)
         if num_wanted > num_room:
@@ -243,6 +245,8 @@ class Scheduler:
             self._accept(step, result.token_ids)
         if result.logprobs or result.prompt_logprobs:
             self._take_logprobs(step, result, output)
+        if result.pooled:
+            self._take_pooled(step, result.pooled, output)
         self._commit_decodes(step, result.token_ids, output)
         if len(step.sequences) > plan.num_decode_rows:
             self._commit_prefills(step, result.token_ids, output)
@@ -364,6 +368,15 @@ class Scheduler:
                     start = step.plan.num_computed_tokens[row]
                     output.prompt_logprobs[sequence.request_id] = entries[sequence.num_prompt_logprobs - start :]
                     sequence.num_prompt_logprobs = start + len(entries)
+
+    def _take_pooled(self, step: ScheduledStep, pooled: dict[int, Floats], output: StepOutput) -> None:
+        """Hand on sums of hidden states, each token of a prompt in one of them, however often it was computed."""
+        output.pooled = {}
+        for row, sums in pooled.items():
+            sequence = step.sequences[row]
+            if sequence.epoch == step.epochs[row]:
+                output.pooled[sequence.request_id] = sums
+                sequence.num_pooled_tokens = step.plan.num_computed_tokens[row] + step.plan.pooled_rows[row][1]
 
     def _end(self, sequence: Sequence, finished: Finished) -> None:
         """Say how a sequence ended, and free all it holds. A running one is still to be dropped from the list."""

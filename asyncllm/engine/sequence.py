@@ -3,10 +3,11 @@
 Plain state that the scheduler moves; knows no policy and no tensors. Engine thread only.
 """
 
+from array import array
 from enum import Enum
 
 from asyncllm.engine.block_pool import Block, TrieParent
-from asyncllm.types import Submit
+from asyncllm.types import Pooling, Submit
 
 NO_SLOT = -1
 
@@ -44,6 +45,7 @@ class Sequence:
         "num_committed_tokens",
         "num_computed_tokens",
         "num_in_flight",
+        "num_pooled_tokens",
         "num_prompt_logprobs",
         "num_prompt_tokens",
         "order",
@@ -66,7 +68,7 @@ class Sequence:
         self.order = (submit.priority, submit.arrival_s, submit.request_id)
         self.status = SequenceStatus.WAITING
 
-        self.tokens = list(submit.prompt_token_ids)  # prompt, then output
+        self.tokens: array[int] = array("I", submit.prompt_token_ids)  # prompt, then output
         self.num_prompt_tokens = len(self.tokens)
         self.max_length = max_length
         self.num_in_flight = 0  # tokens sampled by launched steps, not yet committed
@@ -74,6 +76,8 @@ class Sequence:
         self.num_committed_tokens = 0
         self.num_cached_tokens: int | None = None  # prefix hit when first scheduled; None before
         self.num_prompt_logprobs = 0  # prompt positions whose log-probabilities were handed out
+        # Prompt tokens at the beginning whose hidden states nobody waits for: handed out, or never asked for.
+        self.num_pooled_tokens = _first_pooled(submit.pooling, self.num_prompt_tokens)
 
         self.slot = NO_SLOT
         self.samples_in_slot = False  # the slot holds the last token on the device: the next row can be a decode row
@@ -95,6 +99,7 @@ class Sequence:
             or (params.min_tokens and params.stop_token_ids)
             or params.logprobs is not None
             or params.prompt_logprobs is not None
+            or submit.pooling is not None
         )
 
     @property
@@ -114,3 +119,10 @@ class Sequence:
             f"computed={self.num_computed_tokens}, in_flight={self.num_in_flight}, slot={self.slot}, "
             f"blocks={len(self.blocks)}, epoch={self.epoch})"
         )
+
+
+def _first_pooled(pooling: Pooling | None, num_prompt_tokens: int) -> int:
+    """The first prompt token whose hidden state is asked for; the end of the prompt where none is."""
+    if pooling is None:
+        return num_prompt_tokens
+    return num_prompt_tokens - 1 if pooling is Pooling.LAST else 0

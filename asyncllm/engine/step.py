@@ -1,6 +1,7 @@
 """Builds the plan of one step row by row, and remembers whose rows they are.
 
-Knows what a row needs besides its tokens (bans, masks, log-probabilities); not which rows to take. Engine thread only.
+Knows what a row needs besides its tokens (bans, masks, log-probabilities, pooling); not which rows to take. Engine
+thread only.
 """
 
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ class StepBuilder:
 
 
 def _add_extras(plan: StepPlan, row: int, sequence: Sequence) -> None:
-    """What few rows ask for: bans and log-probabilities."""
+    """What few rows ask for: bans, log-probabilities and pooling."""
     params = sequence.params
     start = plan.num_computed_tokens[row]
     end = start + plan.num_query_tokens[row]  # also the position of the token this row samples
@@ -132,7 +133,10 @@ def _add_extras(plan: StepPlan, row: int, sequence: Sequence) -> None:
     # Position i predicts i + 1; what the last prompt token predicts is sampled, not scored.
     last_target = min(end + 1, sequence.num_prompt_tokens)
     if params.prompt_logprobs is not None and last_target - 1 > max(start, sequence.num_prompt_logprobs):
-        plan.prompt_logprob_rows[row] = (params.prompt_logprobs, sequence.tokens[start + 1 : last_target])
+        plan.prompt_logprob_rows[row] = (params.prompt_logprobs, sequence.tokens[start + 1 : last_target].tolist())
+    first_pooled = max(start, sequence.num_pooled_tokens)
+    if first_pooled < min(end, sequence.num_prompt_tokens):
+        plan.pooled_rows[row] = (first_pooled - start, min(end, sequence.num_prompt_tokens) - start)
 
 
 def _add_mask(step: ScheduledStep, row: int, constraint: Constraint) -> None:

@@ -4,11 +4,12 @@ Columnar on purpose: an executor turns each list into one tensor. No torch here,
 without it. Everything in this module is used on the engine thread only.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 
-from asyncllm.types import Capacity, SamplingParams, TokenLogprobs
+from asyncllm.types import Capacity, Floats, SamplingParams, TokenLogprobs
 
 
 class SlotInit(msgspec.Struct):
@@ -16,7 +17,7 @@ class SlotInit(msgspec.Struct):
 
     slot: int
     params: SamplingParams
-    token_ids: list[int]  # prompt, and whatever was generated before a preemption; owned by the sequence, read only
+    token_ids: Sequence[int]  # prompt, and whatever was generated before a preemption; owned by the sequence, read only
     num_prompt_tokens: int
 
 
@@ -40,6 +41,8 @@ class StepPlan(msgspec.Struct):
     prompt_logprob_rows: dict[int, tuple[int, list[int]]]
     # row -> (alternatives, target ids): logits of the row's first len(targets) query tokens are scored against targets
     masks: dict[int, bytes] = {}  # row that samples -> tokens it may sample, see `Constraint.mask`
+    pooled_rows: dict[int, tuple[int, int]] = {}
+    # row, never a decode row -> [first, end) of its query tokens whose hidden states, behind the last norm, are summed
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +59,7 @@ class StepResult(msgspec.Struct):
     replayed: bool = False  # whether a captured graph computed the step
     device_s: float = 0.0  # the device's time for the step; 0 where nobody measured it
     gap_s: float | None = None  # the device's idle time before the step, for whatever reason; None where unknown
+    pooled: dict[int, Floats] | None = None  # by row, [hidden] float32: the sum over its pooled tokens
 
 
 class StepHandle(Protocol):

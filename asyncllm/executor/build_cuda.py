@@ -174,6 +174,7 @@ def _smallest(config: Config, architecture: ModelArchitecture) -> Capacity:
         max_sequences=config.scheduler.max_sequences,
         max_context_length=config.model.max_context_length or architecture.max_position,
         vocab_size=architecture.vocab_size,
+        hidden_size=architecture.hidden_size,
     )
 
 

@@ -28,7 +28,8 @@ from asyncllm.executor.device_slots import DeviceSlots
 from asyncllm.executor.graphs import GraphTable
 from asyncllm.executor.logprobs import Scores
 from asyncllm.executor.mixed_inputs import MixedInputs, stage_mixed
-from asyncllm.executor.staging import NUM_DECODE_ROWS, Staging, aligned, fill_decode
+from asyncllm.executor.pooling import pool
+from asyncllm.executor.staging import NUM_DECODE_ROWS, Ints, Staging, aligned, fill_decode
 from asyncllm.executor.token_inputs import RowArrays, TokenLayout, fill_tokens, token_inputs
 from asyncllm.layers.triton_logits import rebuild_counts
 from asyncllm.layers.triton_sampling import Kind
@@ -64,6 +65,7 @@ class CudaStep:
     plan: StepPlan
     scores: Scores | None = None
     prompt_scores: Scores | None = None
+    pooled: Tensor | None = None  # [len(plan.pooled_rows), hidden] float32, pinned
 
     def wait(self) -> StepResult:  # hot
         """Wait for the device, then read what came down."""
@@ -82,6 +84,9 @@ class CudaStep:
             result.logprobs = dict(zip(wanted, self.scores.to_host(list(wanted.values()))))
         if self.prompt_scores is not None:
             result.prompt_logprobs = self._prompt_logprobs(self.prompt_scores)
+        if self.pooled is not None:
+            # A copy: these go far, and pinned memory is dear.
+            result.pooled = dict(zip(self.plan.pooled_rows, self.pooled.numpy().copy()))
         return result
 
     def _prompt_logprobs(self, scores: Scores) -> dict[int, list[TokenLogprobs]]:
@@ -293,7 +298,7 @@ class CudaExecutor:
         if len(sampling) < len(rows.slots):
             step.rows = sampling.tolist()
         kind = self.slots.kind(sampling_slots)
-        self._device.run(partial(self._finish_mixed, inputs, hidden, kind, extras, step))
+        self._device.run(partial(self._finish_mixed, inputs, rows.query_starts, hidden, kind, extras, step))
         return len(sampling)
 
     def _launch_tokens(self, plan: StepPlan, rows: RowArrays, step: CudaStep, staging: Staging) -> Tensor:
@@ -359,9 +364,15 @@ class CudaExecutor:
 
     @torch.inference_mode()
     def _finish_mixed(
-        self, inputs: MixedInputs, hidden: Tensor, kind: Kind, extras: Extras | None, step: CudaStep
+        self,
+        inputs: MixedInputs,
+        query_starts: Ints,
+        hidden: Tensor,
+        kind: Kind,
+        extras: Extras | None,
+        step: CudaStep,
     ) -> None:
-        """Sample and score."""
+        """Sample, score and pool."""
         num_sampled = len(inputs.sampling_slots)
         if num_sampled:
             logits = self.model.compute_logits(hidden.index_select(0, inputs.sampling_tokens))
@@ -372,6 +383,8 @@ class CudaExecutor:
                 step.scores = self._download(self._sampler.sample_with(*rows, extras))
         if len(inputs.scored_tokens):
             step.prompt_scores = self._download(self._score_prompts(inputs, step.plan, hidden))
+        if step.plan.pooled_rows:
+            step.pooled = self._fetch(pool(hidden, step.plan.pooled_rows, query_starts))
 
     def _score_prompts(self, inputs: MixedInputs, plan: StepPlan, hidden: Tensor) -> Scores:
         """Score prompt tokens, [M], in the order of plan.prompt_logprob_rows."""
@@ -387,15 +400,12 @@ class CudaExecutor:
 
     def _download(self, scores: Scores | None) -> Scores | None:
         """Scores in pinned memory, to be read behind the step's end."""
-        if scores is None:
-            return None
+        return None if scores is None else scores.map(self._fetch)
 
-        def fetch(column: Tensor) -> Tensor:
-            target = self._device.pinned(tuple(column.shape), column.dtype)
-            self._device.download(target, column)
-            return target
-
-        return scores.map(fetch)
+    def _fetch(self, column: Tensor) -> Tensor:
+        target = self._device.pinned(tuple(column.shape), column.dtype)
+        self._device.download(target, column)
+        return target
 
 
 _NOTHING = StepPlan([], [], [], [], 0, [], [], [], {}, {}, {})

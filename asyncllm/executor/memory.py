@@ -126,6 +126,7 @@ def plan_cache(architecture: ModelArchitecture, config: Config, bytes_per_value:
         max_sequences=max_sequences,
         max_context_length=context_length,
         vocab_size=architecture.vocab_size,
+        hidden_size=architecture.hidden_size,
     )
     return CachePlan(capacity, num_bytes, summary + remark)
 

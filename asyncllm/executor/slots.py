@@ -76,7 +76,7 @@ class SlotState:
             shape = (self.padding_slot + 1, self._vocab_size)
             self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
             self.prompt_mask = torch.zeros(shape, dtype=torch.bool, device=self._device)
-        tokens = torch.tensor(init.token_ids, dtype=torch.int64, device=self._device)
+        tokens = torch.from_numpy(np.array(init.token_ids, dtype=np.int64)).to(self._device)
         prompt, output = tokens[: init.num_prompt_tokens], tokens[init.num_prompt_tokens :]
         counts, mask = self.output_counts[init.slot], self.prompt_mask[init.slot]
         counts.zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))

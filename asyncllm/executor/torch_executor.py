@@ -14,6 +14,7 @@ from asyncllm.executor import logprobs
 from asyncllm.executor.base import StepPlan, StepResult
 from asyncllm.executor.inputs import StepInputs, build_inputs
 from asyncllm.executor.logprobs import Scores
+from asyncllm.executor.pooling import pool
 from asyncllm.executor.sampler import Sampler
 from asyncllm.executor.sampling_rows import SamplingRows, gather_rows
 from asyncllm.executor.slots import SlotState
@@ -36,6 +37,8 @@ class TorchStep:
     scores: Scores | None
     scored_prompts: dict[int, tuple[int, list[int]]]  # row -> (alternatives, targets), in the order of `prompt_scores`
     prompt_scores: Scores | None
+    pooled_rows: dict[int, tuple[int, int]]  # row -> query tokens, in the order of `pooled`
+    pooled: Tensor | None  # [len(pooled_rows), hidden] float32
 
     def wait(self) -> StepResult:
         """Copy the results to the host, the step's only synchronisation."""
@@ -52,6 +55,8 @@ class TorchStep:
             result.logprobs = dict(zip(self.scored_rows, self.scores.to_host(list(self.scored_rows.values()))))
         if self.prompt_scores is not None:
             result.prompt_logprobs = self._prompt_logprobs(self.prompt_scores)
+        if self.pooled is not None:
+            result.pooled = dict(zip(self.pooled_rows, self.pooled.to("cpu").numpy()))
         return result
 
     def _prompt_logprobs(self, scores: Scores) -> dict[int, list[TokenLogprobs]]:
@@ -103,6 +108,8 @@ class TorchExecutor:
             scores=scores,
             scored_prompts=plan.prompt_logprob_rows,
             prompt_scores=self._score_prompts(plan, inputs, hidden) if plan.prompt_logprob_rows else None,
+            pooled_rows=plan.pooled_rows,
+            pooled=pool(hidden, plan.pooled_rows, inputs.query_starts) if plan.pooled_rows else None,
         )
 
     def improve(self) -> bool:

@@ -43,6 +43,7 @@ def warm_up_largest(executor: Executor, max_batched_tokens: int) -> None:
     prompts = _plan(capacity, _EXTRAS, lens[: capacity.max_sequences], is_decode=False)
     _ask_everything(prompts, capacity)
     prompts.prompt_logprob_rows = {0: (20, [0] * (prompts.num_query_tokens[0] - 1))}
+    prompts.pooled_rows = {row: (0, num_tokens) for row, num_tokens in enumerate(prompts.num_query_tokens)}
     executor.launch(prompts).wait()
     rows = [1] * min(capacity.max_sequences, max_batched_tokens)
     decodes = _plan(capacity, None, rows, is_decode=True)

@@ -28,20 +28,25 @@ from asyncllm.llm.inputs import (
     num_bytes,
     prompts_of,
     template_options,
+    tool_options,
 )
-from asyncllm.llm.output import Choice, Output, Timings
-from asyncllm.llm.params import Params, SamplingParams, params_of
-from asyncllm.router.answers import Thinking
+from asyncllm.llm.output import Choice, Embedding, Output, Timings
+from asyncllm.llm.params import Params, SamplingParams, embedding_params, params_of
+from asyncllm.router.answers import Reader
 from asyncllm.router.constraint import Grammar
+from asyncllm.router.pooling import vector
 from asyncllm.router.router import Router
-from asyncllm.router.stream import Delta, RequestStream
+from asyncllm.router.stream import ChoiceInput, ChoiceStream, Delta, RequestStream
+from asyncllm.router.tokenizer import ContextLimit
 from asyncllm.server import lifecycle, params
 from asyncllm.server.completions import DEFAULT_MAX_TOKENS
-from asyncllm.server.conversation import Conversation, constraint_of, render
+from asyncllm.server.conversation import Conversation, make_ready
+from asyncllm.server.embeddings import form_of, pooled_choice, pooled_sums
+from asyncllm.server.embeddings_wire import EmbeddingParameters
 from asyncllm.server.job import Arrived, Asked, build_choices
 from asyncllm.server.serving import Serving
 from asyncllm.server.structured import wanted_of
-from asyncllm.types import Constraint
+from asyncllm.types import Constraint, Pooling
 
 T = TypeVar("T")
 
@@ -53,10 +58,11 @@ class Encoded(msgspec.Struct, frozen=True):
     """A prompt that is ready for the engine."""
 
     text: str | None
-    token_ids: list[int]
+    token_ids: Sequence[int]
     param: str  # prompt or messages: the word for it in errors
     make_constraint: Callable[[], Constraint] | None  # called once per choice
     visible_tokens: tuple[str, ...] = ()  # special tokens that are shown all the same
+    reader: Callable[[Sequence[ChoiceStream]], Reader] | None = None  # of a conversation's answers
 
     @property
     def is_chat(self) -> bool:
@@ -171,16 +177,23 @@ class AsyncLLM:
         messages: Messages | Sequence[Messages],
         params: Params | Sequence[Params] | None = None,
         *,
+        tools: list[dict[str, Any]] | None = None,
+        tool_choice: str | dict[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
         progress: bool | Progress = False,
         **fields: Any,
     ) -> list[Output]:
-        """The next turn of one conversation or thousands; as `generate` in everything else."""
+        """The next turn of one conversation or thousands; as `generate` in everything else.
+
+        `tools`, `tool_choice`, `parallel_tool_calls`: as in POST /v1/chat/completions, for all of them.
+        """
         conversations = conversations_of(messages)
         wanted = params_of(params, fields, len(conversations))
         template = template_options(add_generation_prompt, continue_final_message, chat_template_kwargs)
+        template |= tool_options(tools, tool_choice, parallel_tool_calls)
 
         async def encode(index: int) -> Encoded:
             return await self._render(conversations[index], wanted[index], template)
@@ -209,6 +222,41 @@ class AsyncLLM:
         template = template_options(add_generation_prompt, continue_final_message, chat_template_kwargs)
         return self._stream(lambda: self._render(conversation, sampling, template), sampling)
 
+    async def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, progress: bool | Progress = False, **fields: Any
+    ) -> list[Embedding]:
+        """The vector of one prompt or of thousands; an `Embedding` for each, in their order.
+
+        `fields`: pooling, normalize, dimensions and the others of POST /v1/embeddings. Errors and `progress` as in
+        `generate`.
+        """
+        given, asked = prompts_of(prompts), embedding_params(fields)
+        capacity = self._router().accepting()
+        form = form_of(asked, Pooling(self.config.model.pooling), capacity.hidden_size)
+        limit = ContextLimit(capacity.max_context_length, "prompt")
+
+        async def work(index: int) -> Embedding:
+            embedding = Embedding()
+            try:
+                embedding.prompt, token_ids = await self._tokens(given[index], asked)
+                embedding.prompt_token_ids = list(token_ids)
+                if len(token_ids) > limit.num_tokens:
+                    raise limit.exceeded(f"your prompt has {len(token_ids)} tokens")
+                stream = await self._push([pooled_choice(token_ids, form)], asked, "prompt")
+                try:
+                    await stream.collect()
+                    [choice] = stream.choices
+                    embedding.vector = vector(pooled_sums(choice, self._router()), len(token_ids), form)
+                    embedding.num_cached_tokens = choice.num_cached_tokens
+                finally:
+                    stream.abort()
+            except AsyncLLMError as error:
+                embedding.error = error
+            return embedding
+
+        params.request_timeout(asked.timeout, None, self.config.scheduler.max_timeout_s)
+        return await run_batch(len(given), self._num_at_once(), work, progress)
+
     # --- the way of a prompt -----------------------------------------------------------------------------------------
 
     async def _run(
@@ -231,19 +279,23 @@ class AsyncLLM:
             output = Output(None, [])
             try:
                 prompt = await encode(index)
-                output.prompt, output.prompt_token_ids = prompt.text, prompt.token_ids
+                output.prompt, output.prompt_token_ids = prompt.text, list(prompt.token_ids)
                 stream = await self._submit(prompt, wanted[index])
                 try:
-                    _fill(output, await stream.collect(), stream)
+                    reader = None if prompt.reader is None else prompt.reader(stream.choices)
+                    _fill(output, await stream.collect(), stream, reader)
                 finally:
                     stream.abort()
             except AsyncLLMError as error:
                 output.error = error
             return output
 
-        num_at_once = min(AT_ONCE * capacity.max_sequences, self.config.scheduler.max_queued)
         widest = max((sampling.n or 1 for sampling in wanted), default=1)
-        return await run_batch(len(wanted), max(num_at_once // widest, 1), work, progress)
+        return await run_batch(len(wanted), max(self._num_at_once() // widest, 1), work, progress)
+
+    def _num_at_once(self) -> int:
+        """Sequences that are at work at a time."""
+        return min(AT_ONCE * self._router().accepting().max_sequences, self.config.scheduler.max_queued)
 
     async def _stream(self, encode: Callable[[], Awaitable[Encoded]], sampling: SamplingParams) -> AsyncIterator[Delta]:
         params.check_token_ids(sampling, self._router().accepting().vocab_size)
@@ -255,7 +307,10 @@ class AsyncLLM:
         finally:
             stream.abort()
 
-    async def _encode(self, prompt: Prompt, sampling: SamplingParams) -> Encoded:
+    async def _tokens(
+        self, prompt: Prompt, asked: SamplingParams | EmbeddingParameters
+    ) -> tuple[str | None, Sequence[int]]:
+        """The text, where the prompt is one, and its token ids."""
         router = self._router()
         checked = checked_prompt(prompt, router.accepting().vocab_size)
         text = checked if isinstance(checked, str) else None
@@ -263,9 +318,13 @@ class AsyncLLM:
             lambda: router.encode_prompts(
                 [checked],
                 num_bytes=num_bytes(text or "", "prompt"),
-                add_special_tokens=sampling.add_special_tokens is not False,
+                add_special_tokens=asked.add_special_tokens is not False,
             )
         )
+        return text, token_ids
+
+    async def _encode(self, prompt: Prompt, sampling: SamplingParams) -> Encoded:
+        text, token_ids = await self._tokens(prompt, sampling)
         grammar = await self._grammar(sampling)
         return Encoded(text, token_ids, "prompt", None if grammar is None else grammar.constraint)
 
@@ -273,11 +332,9 @@ class AsyncLLM:
         router, turns = self._router(), checked_turns(messages)
         size = sum(num_bytes(str(value), "messages") for turn in turns for value in turn.values())
         asked = Conversation(parameters=sampling, messages=turns, wanted=wanted_of(sampling), **template)
-        token_ids = await _when_room(lambda: render(router, asked, size))
-        thinking = Thinking.NONE if asked.continue_final_message else router.answers.thinking(token_ids)
-        make_constraint = await _when_room(lambda: constraint_of(router, asked, thinking))
-        text, shown = router.tokenizer.decode(token_ids), router.answers.visible_tokens(False)
-        return Encoded(text, token_ids, "messages", make_constraint, shown)
+        ready = await _when_room(lambda: make_ready(router, asked, size))
+        text = router.tokenizer.decode(ready.prompt)
+        return Encoded(text, ready.prompt, "messages", ready.make_constraint, ready.visible_tokens, ready.reader)
 
     async def _grammar(self, sampling: SamplingParams) -> Grammar | None:
         """What the text has to follow; compiled once, however many prompts ask for it."""
@@ -288,24 +345,16 @@ class AsyncLLM:
 
     async def _submit(self, prompt: Encoded, sampling: SamplingParams) -> RequestStream:
         """Hand a prompt over; waits while the queue is full."""
-        router, config = self._router(), self.config.scheduler
+        router = self._router()
         capacity = router.accepting()
-        num_tokens = len(prompt.token_ids)
-        if num_tokens > config.max_queued_tokens:
-            raise InvalidRequest(
-                f"The prompt has {num_tokens} tokens: at most {config.max_queued_tokens} may wait "
-                "(scheduler.max_queued_tokens).",
-                param=prompt.param,
-            )
         words = sampling.bad_words
         bad_words = await _when_room(lambda: router.encode_bad_words(words)) if words else ()
-        num_choices = sampling.n or 1
         asked = Asked(
             parameters=sampling,
             prefix="llm-",
             param=prompt.param,
             prompts=[prompt.token_ids],
-            num_choices=num_choices,
+            num_choices=sampling.n or 1,
             max_tokens=params.resolve_max_tokens(sampling, chat=prompt.is_chat),
             default_max_tokens=None if prompt.is_chat else DEFAULT_MAX_TOKENS,
             logprobs=sampling.logprobs,
@@ -314,16 +363,30 @@ class AsyncLLM:
             make_constraint=prompt.make_constraint,
         )
         arrived = Arrived(sampling, 0, {}, time.monotonic(), capacity)
-        choices = build_choices(arrived, asked, bad_words, router.tokenizer.eos_token_ids)
-        timeout_s = params.request_timeout(sampling.timeout, None, config.max_timeout_s)
+        choices = build_choices(arrived, asked, bad_words, router.tokenizer.text)
+        return await self._push(choices, sampling, prompt.param)
+
+    async def _push(
+        self, choices: Sequence[ChoiceInput], asked: SamplingParams | EmbeddingParameters, param: str
+    ) -> RequestStream:
+        """Hand the choices of a prompt over; waits while the queue is full."""
+        router, config = self._router(), self.config.scheduler
+        num_tokens = len(choices[0].prompt_token_ids)
+        if num_tokens > config.max_queued_tokens:
+            raise InvalidRequest(
+                f"The prompt has {num_tokens} tokens: at most {config.max_queued_tokens} may wait "
+                "(scheduler.max_queued_tokens).",
+                param=param,
+            )
+        timeout_s = params.request_timeout(asked.timeout, None, config.max_timeout_s)
         while True:
             with contextlib.suppress(Overloaded):  # of the ring
-                if router.queue.refusal(num_choices, num_tokens) is None:
+                if router.queue.refusal(len(choices), num_tokens) is None:
                     return router.submit(
-                        f"{asked.prefix}{next(self._numbers)}",
+                        f"llm-{next(self._numbers)}",
                         choices,
-                        priority=sampling.priority or 0,
-                        cache_salt=sampling.cache_salt or "",
+                        priority=asked.priority or 0,
+                        cache_salt=asked.cache_salt or "",
                         timeout_s=timeout_s,
                     )
             await asyncio.sleep(ROOM_POLL_S)
@@ -359,14 +422,17 @@ def _streamed(given: Params | None, fields: dict[str, Any]) -> SamplingParams:
     return sampling
 
 
-def _fill(output: Output, deltas: list[Delta], stream: RequestStream) -> None:
+def _fill(output: Output, deltas: list[Delta], stream: RequestStream, reader: Reader | None) -> None:
     """The whole answer of every choice, and what the request cost."""
-    output.choices = [
-        Choice(
+    for delta in deltas:
+        choice = Choice(
             delta.index, delta.text, delta.token_ids, delta.finish_reason or "abort", delta.stop_reason, delta.logprobs
         )
-        for delta in deltas
-    ]
+        if reader is not None:
+            answer = reader.whole(delta)
+            choice.content, choice.reasoning, choice.tool_calls = answer.content, answer.reasoning, answer.calls
+            choice.finish_reason = answer.finish_reason or choice.finish_reason
+        output.choices.append(choice)
     output.prompt_logprobs = deltas[0].prompt_logprobs
     output.num_cached_tokens = stream.choices[0].num_cached_tokens
     timings = [timing for choice in stream.choices if (timing := choice.timings()) is not None]

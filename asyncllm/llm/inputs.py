@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from asyncllm.errors import InvalidRequest, show
+from asyncllm.router.output.tools import check_tool_choice, check_tools
 from asyncllm.server import params
+from asyncllm.server.conversation import starts_turn
 from asyncllm.server.wire import Message
 
 Prompt = str | Sequence[int]  # text or token ids
@@ -42,7 +44,7 @@ def conversations_of(given: Messages | Sequence[Messages]) -> list[Messages]:
     return list(given)  # type: ignore[arg-type]
 
 
-def checked_prompt(prompt: Prompt, vocab_size: int) -> str | list[int]:
+def checked_prompt(prompt: Prompt, vocab_size: int) -> Prompt:
     """A prompt that can be tokenized, or ids of the vocabulary. Raises InvalidRequest."""
     given = prompt if isinstance(prompt, str) else list(prompt)
     if isinstance(given, list) and not all(type(token) is int for token in given):
@@ -65,14 +67,22 @@ def template_options(
     add_generation_prompt: bool | None, continue_final_message: bool, template_kwargs: dict[str, Any] | None
 ) -> dict[str, Any]:
     """How the template is used, as fields of the server's `Conversation`. Raises InvalidRequest."""
-    if add_generation_prompt and continue_final_message:
-        raise InvalidRequest(
-            "add_generation_prompt and continue_final_message cannot both be true.", param="continue_final_message"
-        )
     return {
-        "add_generation_prompt": not continue_final_message if add_generation_prompt is None else add_generation_prompt,
+        "add_generation_prompt": starts_turn(add_generation_prompt, continue_final_message),
         "continue_final_message": continue_final_message,
         "template_kwargs": template_kwargs or {},
+    }
+
+
+def tool_options(
+    tools: list[dict[str, Any]] | None, tool_choice: str | dict[str, Any] | None, parallel_tool_calls: bool
+) -> dict[str, Any]:
+    """What may be called, as fields of the server's `Conversation`. Raises InvalidRequest."""
+    checked = check_tools(tools) if tools is not None else []
+    return {
+        "tools": checked,
+        "tool_choice": check_tool_choice(tool_choice, checked),
+        "parallel_tool_calls": parallel_tool_calls,
     }
 
 

@@ -19,7 +19,7 @@ from asyncllm.errors import AsyncLLMError, Unavailable
 from asyncllm.llm.async_llm import AsyncLLM
 from asyncllm.llm.batch import Progress
 from asyncllm.llm.inputs import Messages, Prompt
-from asyncllm.llm.output import Output
+from asyncllm.llm.output import Embedding, Output
 from asyncllm.llm.params import Params
 from asyncllm.router.stream import Delta
 
@@ -86,6 +86,12 @@ class LLM:
     ) -> list[Output]:
         """See `AsyncLLM.chat`."""
         return self._thread.run(lambda: self._llm.chat(messages, params, progress=progress, **fields))
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, progress: bool | Progress = False, **fields: Any
+    ) -> list[Embedding]:
+        """See `AsyncLLM.embed`."""
+        return self._thread.run(lambda: self._llm.embed(prompts, progress=progress, **fields))
 
     def stream(self, prompt: Prompt, params: Params | None = None, **fields: Any) -> Iterator[Delta]:
         """See `AsyncLLM.stream`."""

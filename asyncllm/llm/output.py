@@ -1,9 +1,10 @@
-"""What a program gets back: one `Output` per prompt, in the order of the prompts. Plain data; any thread."""
+"""What a program gets back: an `Output` or an `Embedding` per prompt, in their order. Plain data; any thread."""
 
 import msgspec
 
 from asyncllm.errors import AsyncLLMError
-from asyncllm.types import TokenLogprobs
+from asyncllm.router.answers import Call
+from asyncllm.types import Floats, TokenLogprobs
 
 
 class Choice(msgspec.Struct):
@@ -12,9 +13,13 @@ class Choice(msgspec.Struct):
     index: int
     text: str
     token_ids: list[int]  # every generated token, the one that stopped it too
-    finish_reason: str  # stop, length, timeout or abort
+    finish_reason: str  # stop, tool_calls, length, timeout or abort
     stop_reason: str | int | None = None  # the stop string, or the stop token's id unless that is an eos
     logprobs: list[TokenLogprobs] | None = None  # parallel to token_ids, where asked for
+    # Of an answer in a conversation, what `text` is made of:
+    content: str = ""
+    reasoning: str = ""  # what the model thought in front of it
+    tool_calls: list[Call] = []
 
 
 class Timings(msgspec.Struct):
@@ -50,3 +55,32 @@ class Output:
     def __repr__(self) -> str:
         answer = f"error={self.error!r}" if self.error is not None else f"choices={self.choices!r}"
         return f"Output(prompt={self.prompt!r}, {answer})"
+
+
+class Embedding:
+    """A prompt with its vector, or with the error that kept it from having one."""
+
+    __slots__ = ("_vector", "error", "num_cached_tokens", "prompt", "prompt_token_ids")
+
+    def __init__(self) -> None:
+        self.prompt: str | None = None  # the text; None where token ids came in
+        self.prompt_token_ids: list[int] = []
+        self.num_cached_tokens = 0  # of the prompt, found in the prefix cache
+        self.error: AsyncLLMError | None = None
+        self._vector: Floats | None = None
+
+    @property
+    def vector(self) -> Floats:
+        """[dimensions] float32. Raises the error where there is one."""
+        if self.error is not None:
+            raise self.error
+        assert self._vector is not None
+        return self._vector
+
+    @vector.setter
+    def vector(self, vector: Floats) -> None:
+        self._vector = vector
+
+    def __repr__(self) -> str:
+        answer = f"error={self.error!r}" if self.error is not None else f"vector={self._vector!r}"
+        return f"Embedding(prompt={self.prompt!r}, {answer})"

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from asyncllm.errors import InvalidRequest, show
 from asyncllm.server import params
+from asyncllm.server.embeddings_wire import EmbeddingParameters
 from asyncllm.server.wire import Count, GenerationRequest
 
 
@@ -59,15 +60,26 @@ def params_of(given: Any, fields: dict[str, Any], count: int) -> list[SamplingPa
     return [made[id(item)] for item in given]
 
 
+def embedding_params(fields: Mapping[str, Any]) -> EmbeddingParameters:
+    """How vectors are made, by the keywords of a call. Raises InvalidRequest."""
+    known = [name for name in EmbeddingParameters.__struct_fields__ if name != "model"]
+    _check_names(fields, known, "embedding parameter")
+    kinds = {field.name: field.type for field in msgspec.structs.fields(EmbeddingParameters)}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return EmbeddingParameters(**{name: _checked(name, value, kinds[name]) for name, value in given.items()})
+
+
+def _check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise InvalidRequest(f"{show(name)!r} is no {what}{hint}", param=str(name), code="unknown_parameter")
+
+
 def _made(given: Any) -> SamplingParams:
     if isinstance(given, Mapping):
-        for name in given:
-            if name not in SamplingParams.__struct_fields__:
-                close = difflib.get_close_matches(str(name), SamplingParams.__struct_fields__, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else "."
-                raise InvalidRequest(
-                    f"{show(name)!r} is no generation parameter{hint}", param=str(name), code="unknown_parameter"
-                )
+        _check_names(given, SamplingParams.__struct_fields__, "generation parameter")
         made = SamplingParams(**given)
     elif isinstance(given, SamplingParams):
         given.check()

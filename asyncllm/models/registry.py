@@ -7,11 +7,22 @@ from torch import nn
 from asyncllm.attention.base import AttentionBackend
 from asyncllm.errors import StartupError, show
 from asyncllm.models.config import ModelArchitecture
-from asyncllm.models.llama import LlamaForCausalLM
+from asyncllm.models.decoder import DecoderForCausalLM
 
 MODELS: dict[str, Callable[[ModelArchitecture, AttentionBackend], nn.Module]] = {
-    "llama": LlamaForCausalLM,
-    "qwen3": LlamaForCausalLM,  # with qk_norm
+    "llama": DecoderForCausalLM,
+    "mistral": DecoderForCausalLM,
+    "smollm3": DecoderForCausalLM,
+    "qwen2": DecoderForCausalLM,
+    "qwen3": DecoderForCausalLM,
+    "qwen3_moe": DecoderForCausalLM,
+    "phi3": DecoderForCausalLM,
+    "starcoder2": DecoderForCausalLM,
+    "gemma": DecoderForCausalLM,
+    "gemma2": DecoderForCausalLM,
+    "gemma3": DecoderForCausalLM,
+    "opt": DecoderForCausalLM,
+    "gpt2": DecoderForCausalLM,
 }
 
 

@@ -12,7 +12,7 @@ from asyncllm.errors import AsyncLLMError
 from asyncllm.router.admission import Queue
 from asyncllm.router.seams import EngineHandle, RouterMetrics
 from asyncllm.router.stream import ChoiceStream, RequestStream, WakeList
-from asyncllm.types import Finished, FinishReason, Started, StepOutput, TokenLogprobs
+from asyncllm.types import Finished, FinishReason, Floats, Started, StepOutput, TokenLogprobs
 
 log = logging.getLogger("asyncllm.router")
 
@@ -87,6 +87,8 @@ class Running:
             self._feed_started(output.started)
         if output.prompt_logprobs is not None:
             self._feed_prompt_logprobs(output.prompt_logprobs)
+        if output.pooled is not None:
+            self._feed_pooled(output.pooled, output.committed_s)
         if output.request_ids:
             self._feed_tokens(output, at_once)
         if output.finished:
@@ -150,6 +152,12 @@ class Running:
             if choice is not None:
                 choice.push_prompt_logprobs(rows)
                 choice.stream.wake()
+
+    def _feed_pooled(self, pooled: dict[int, Floats], committed_s: float) -> None:
+        for request_id, sums in pooled.items():
+            choice = self._choices.get(request_id)
+            if choice is not None:
+                choice.push_pooled(sums, committed_s)
 
     def _feed_finished(self, finished: dict[int, Finished]) -> None:
         for request_id, end in finished.items():

@@ -6,19 +6,25 @@ the loop thread.
 """
 
 import asyncio
+import functools
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from asyncllm.errors import Overloaded
-from asyncllm.router.chat_template import ChatTemplate
+from asyncllm.router.chat_template import ChatTemplate, RenderingTakesLong
 from asyncllm.router.constraint import Grammar
 from asyncllm.router.grammar import Grammars, GrammarSpec
+from asyncllm.router.output.base import ToolFormat
+from asyncllm.router.strict_calls import CallStarts
+from asyncllm.router.template_sandbox import MAX_RENDER_S
 from asyncllm.router.tokenizer import ContextLimit, Tokenizer
 
 T = TypeVar("T")
 
 SHORT_BYTES = 2048  # of a request whose text takes half a millisecond at most
+SHORT_RENDER_S = 0.02  # that its chat template may take on the loop: rather more than any that means well
 
 
 class TextPool:
@@ -32,19 +38,21 @@ class TextPool:
         self._num_pending = 0
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self._grammars = Grammars(tokenizer)
+        self._is_template_slow = False
+        self._call_starts: CallStarts | None = None  # once a request has strict functions
 
     def prepare(self) -> None:
         """Begin what would hold up the first request that needs it."""
         self._threads.submit(self._grammars.prepare)
 
     async def encode_prompts(
-        self, prompts: Sequence[str | list[int]], add_special_tokens: bool, limit: ContextLimit, num_bytes: int
-    ) -> list[list[int]]:
+        self, prompts: Sequence[str | Sequence[int]], add_special_tokens: bool, limit: ContextLimit, num_bytes: int
+    ) -> list[Sequence[int]]:
         """Ids of raw prompts; those that are ids already pass through. `num_bytes`: of all that is given, at most."""
 
-        def work() -> list[list[int]]:
+        def work() -> list[Sequence[int]]:
             texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-            encoded = iter(self._tokenizer.encode_prompts(texts, add_special_tokens, limit))
+            encoded = map(packed, self._tokenizer.encode_prompts(texts, add_special_tokens, limit))
             return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
         return await self._run(work, num_bytes if any(isinstance(prompt, str) for prompt in prompts) else 0)
@@ -59,16 +67,19 @@ class TextPool:
         continue_final_message: bool,
         template_kwargs: dict[str, Any],
         num_bytes: int,
-    ) -> list[int]:
+    ) -> Sequence[int]:
         """Ids of a conversation. `num_bytes`: of all that is given, at most."""
-        return await self._run(
-            lambda: self._template.encode(
-                messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                template_kwargs=template_kwargs,
-                limit=limit,
+        return await self._render(
+            lambda limit_s: packed(
+                self._template.encode(
+                    messages,
+                    tools=tools,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    template_kwargs=template_kwargs,
+                    limit=limit,
+                    limit_s=limit_s,
+                )
             ),
             num_bytes,
         )
@@ -84,13 +95,14 @@ class TextPool:
         num_bytes: int,
     ) -> str:
         """A conversation as one text. `num_bytes`: of all that is given, at most."""
-        return await self._run(
-            lambda: self._template.render(
+        return await self._render(
+            lambda limit_s: self._template.render(
                 messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 template_kwargs=template_kwargs,
+                limit_s=limit_s,
             ),
             num_bytes,
         )
@@ -134,9 +146,30 @@ class TextPool:
             return grammar
         return await self._run(lambda: self._grammars.compile(spec, param), SHORT_BYTES + 1)
 
+    async def call_starts(self, tool_format: ToolFormat, vocab_size: int) -> CallStarts:
+        """How the model's tokens lead into calls; made once."""
+        if self._call_starts is None:
+            # Several requests may come here at once: they make the same.
+            work = functools.partial(CallStarts, self._tokenizer, tool_format, vocab_size)
+            self._call_starts = await self._run(work, SHORT_BYTES + 1)
+        return self._call_starts
+
     def close(self) -> None:
         """Let the threads end; what waits for them is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _render(self, work: Callable[[float], T], num_bytes: int) -> T:
+        """Work with the chat template, given its limit in seconds.
+
+        A short conversation is quick to render, unless the template runs in circles. The first time that one does, it
+        begins once more in a thread, and from then on they all go there.
+        """
+        if num_bytes <= SHORT_BYTES and not self._is_template_slow:
+            try:
+                return work(SHORT_RENDER_S)
+            except RenderingTakesLong:
+                self._is_template_slow = True
+        return await self._run(lambda: work(MAX_RENDER_S), max(num_bytes, SHORT_BYTES + 1))
 
     async def _run(self, work: Callable[[], T], num_bytes: int) -> T:
         if num_bytes <= SHORT_BYTES:
@@ -150,3 +183,8 @@ class TextPool:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self._num_pending -= 1
+
+
+def packed(token_ids: Sequence[int]) -> Sequence[int]:
+    """The same ids in 4 bytes each. The garbage collector looks at every element of a list, and at none of these."""
+    return array("I", token_ids)

@@ -10,7 +10,7 @@ from asyncllm.router.output.tools import check_tool_choice, check_tools
 from asyncllm.router.stream import Delta
 from asyncllm.server import params
 from asyncllm.server.chunks import ChunkFrames
-from asyncllm.server.conversation import Conversation, converse
+from asyncllm.server.conversation import Conversation, converse, starts_turn
 from asyncllm.server.job import Job, prepare
 from asyncllm.server.logprobs import chat_logprobs
 from asyncllm.server.replies import (
@@ -45,7 +45,6 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 def conversation_of(body: ChatCompletionRequest) -> Conversation:
     """The request in no API's words."""
     tools = check_tools(body.tools) if body.tools is not None else []
-    continue_final = bool(body.continue_final_message)
     budget = body.thinking_token_budget
     return Conversation(
         parameters=body,
@@ -56,8 +55,8 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
         wanted=wanted_of(body),
         template_kwargs=params.template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
         thinking_budget=None if budget is None or budget < 0 else budget,
-        add_generation_prompt=not continue_final if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=continue_final,
+        add_generation_prompt=starts_turn(body.add_generation_prompt, body.continue_final_message),
+        continue_final_message=bool(body.continue_final_message),
         num_choices=body.n or 1,
         max_tokens=params.resolve_max_tokens(body, chat=True),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -96,12 +95,9 @@ class ChatAnswer(ChunkFrames):
     def delta(self, delta: Delta, usage: Usage | None) -> bytes:
         """Chunks of what there is to show, then the finish chunk where it ended."""
         index, reader = delta.index, self._reader
-        if usage is None and delta.finish_reason is None and delta.logprobs is None:
+        if reader.is_plain and usage is None and delta.finish_reason is None and delta.logprobs is None:
             return self.text(index, delta.text) if delta.text else b""
-        parts, reason = reader.push(index, delta.text), ""
-        if delta.finish_reason is not None:
-            rest, reason = reader.finish(delta)
-            parts += rest
+        parts, reason = reader.read(delta)
         frames = b""
         if delta.logprobs:  # with the first of the parts; the tokens of a marker may be all there is
             first = parts.pop(0) if parts else Part(PartKind.CONTENT)

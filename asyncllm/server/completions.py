@@ -3,6 +3,7 @@
 from aiohttp import web
 
 from asyncllm.router.stream import Delta
+from asyncllm.router.tokenizer import ContextLimit
 from asyncllm.server import params
 from asyncllm.server.chunks import ChunkFrames
 from asyncllm.server.job import Asked, Job, admit, prepare
@@ -31,7 +32,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = arrived.body
     params.check_completion(body)
     params.check_token_ids(body, arrived.capacity.vocab_size)
-    prompts = params.prompts_of(body.prompt, arrived.capacity.vocab_size)
+    limit = ContextLimit(arrived.capacity.max_context_length, "prompt")
+    prompts = params.prompts_of(body.prompt, arrived.capacity.vocab_size, limit)
     add_special_tokens = body.add_special_tokens is not False
     token_ids = await serving.router.encode_prompts(
         prompts, num_bytes=arrived.num_bytes, add_special_tokens=add_special_tokens

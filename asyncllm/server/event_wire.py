@@ -99,3 +99,4 @@ class NativeEvent(msgspec.Struct):
     index: int | UnsetType = UNSET  # of the prompt, where many were asked
     finish_reason: str | UnsetType = UNSET
     final: bool | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET  # the next piece of a chat's thinking part; `text` is empty then

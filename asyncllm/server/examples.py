@@ -117,6 +117,16 @@ data: {"type":"message_stop"}
 """
 COUNT_TOKENS: Examples = {"a question": {"messages": QUESTION}}
 
+EMBEDDINGS: Examples = {
+    "two texts": {"input": ["The capital of France is Paris.", "Paris is in France."]},
+    "the mean of all tokens, cut to 64 numbers": {
+        "input": "The capital of France is Paris.",
+        "pooling": "mean",
+        "dimensions": 64,
+        "encoding_format": "base64",
+    },
+}
+
 GENERATE: Examples = {
     "one prompt": {"prompt": "The capital of France is", "max_tokens": 8},
     "two prompts": {"prompts": ["One, two,", "Red, green,"], "max_tokens": 4, "stop_sequences": ["."]},

@@ -7,7 +7,7 @@ that can be refused is refused before the status line.
 import difflib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from asyncllm.errors import InvalidRequest
+from asyncllm.router.answers import Reader
 from asyncllm.router.stream import ChoiceInput, RequestStream
 from asyncllm.server import params
 from asyncllm.server.body import check_content_type, decode_body, read_body
@@ -23,6 +24,7 @@ from asyncllm.server.replies import Usage, usage
 from asyncllm.server.serving import REQUEST_ID, SERVING, Serving
 from asyncllm.server.wire import GenerationRequest, ModelRequest
 from asyncllm.types import Capacity, Constraint
+from asyncllm.weights.base import TextFacts
 
 R = TypeVar("R", bound=ModelRequest)
 MAX_HEADER_CHARS = 1024
@@ -46,13 +48,14 @@ class Asked(msgspec.Struct, kw_only=True):
     parameters: GenerationRequest  # OpenAI's and vLLM's; the body itself where it has them
     prefix: str  # of the public id, as in cmpl-
     param: str  # the field that holds the prompt, for errors
-    prompts: list[list[int]]
+    prompts: Sequence[Sequence[int]]  # token ids
     num_choices: int  # per prompt
     max_tokens: int | None
     default_max_tokens: int | None  # where none was asked for; None = what is left of the context
     logprobs: int | None
     prompt_logprobs: int | None
     visible_tokens: tuple[str, ...] = ()  # special tokens that are shown all the same
+    stop_token_ids: tuple[int, ...] = ()  # end the answer, beside those that end any text
     make_constraint: Callable[[], Constraint] | None = None  # called once per choice
 
 
@@ -71,7 +74,8 @@ class Job(msgspec.Struct):
     continuous_usage: bool
     headers: dict[str, str]
     token_text: TokenText
-    decode_prompt: Callable[[list[int]], str]
+    decode_prompt: Callable[[Sequence[int]], str]
+    reader: Reader | None = None  # of a conversation's answers
 
     def usage(self) -> Usage:
         """Tokens so far: each prompt counts once, however many choices it has."""
@@ -81,6 +85,7 @@ class Job(msgspec.Struct):
             sum(len(self.choices[i].prompt_token_ids) for i in prompts),
             sum(state.num_output_tokens for state in states),
             sum(states[i].num_cached_tokens for i in prompts),
+            0 if self.reader is None else self.reader.num_reasoning_tokens,
         )
 
     def prompt_text(self, choice: int) -> str:
@@ -132,7 +137,7 @@ async def admit(request: web.Request, arrived: Arrived[Any], asked: Asked) -> Jo
     header = request.headers.get("X-Request-Timeout")
     timeout_s = params.request_timeout(body.timeout, header, serving.config.scheduler.max_timeout_s)
     bad_words = await router.encode_bad_words(body.bad_words) if body.bad_words else ()
-    choices = build_choices(arrived, asked, bad_words, router.tokenizer.eos_token_ids)
+    choices = build_choices(arrived, asked, bad_words, router.tokenizer.text)
     stream = router.submit(
         f"{asked.prefix}{request[REQUEST_ID]}",
         choices,
@@ -160,7 +165,7 @@ async def admit(request: web.Request, arrived: Arrived[Any], asked: Asked) -> Jo
 
 
 def build_choices(
-    arrived: Arrived[Any], asked: Asked, bad_words: tuple[tuple[int, ...], ...], eos_token_ids: tuple[int, ...]
+    arrived: Arrived[Any], asked: Asked, bad_words: tuple[tuple[int, ...], ...], text: TextFacts
 ) -> list[ChoiceInput]:
     """Every choice of every prompt. A prompt's choices have seeds seed, seed + 1, …, in a batch as alone."""
     body, choices = asked.parameters, []
@@ -175,7 +180,8 @@ def build_choices(
             max_tokens=max_tokens,
             logprobs=asked.logprobs,
             prompt_logprobs=asked.prompt_logprobs,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=text.eos_token_ids + asked.stop_token_ids,
+            defaults=text.sampling,
             bad_words=bad_words,
             seed=first_seed,
         )

@@ -41,8 +41,10 @@ def append_completion_logprobs(
     """Add columns for these tokens, the first standing at character `offset`; returns the offset behind the last."""
     for entry in entries:
         text = token_text.text(entry.token_id)
-        top = {token_text.text(token): finite(lp) for token, lp in zip(entry.top_token_ids, entry.top_logprobs)}
-        top.setdefault(text, finite(entry.logprob))  # the sampled token is always among its alternatives
+        top: dict[str, float] = {}
+        # The sampled token is always among them. Halves of characters look alike: the most probable one counts.
+        for token, logprob in zip([*entry.top_token_ids, entry.token_id], [*entry.top_logprobs, entry.logprob]):
+            top.setdefault(token_text.text(token), finite(logprob))
         offset = append_token(into, text, finite(entry.logprob), top, offset)
     return offset
 

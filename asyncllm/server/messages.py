@@ -132,6 +132,8 @@ def _tool(tool: MessagesTool, index: int) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
     if tool.description is not None:
         function["description"] = tool.description
+    if tool.strict is not None:
+        function["strict"] = tool.strict
     return {"type": "function", "function": function}
 
 
@@ -241,11 +243,11 @@ class MessageAnswer:
 
     def delta(self, delta: Delta, usage: Usage | None) -> bytes:
         """Pieces of blocks, and how it all ended."""
-        frames = self.text(delta.index, delta.text) if delta.text else b""
+        parts, reason = self._reader.read(delta)
+        frames = b"".join([self._part(part) for part in parts])
         if delta.finish_reason is None:
             return frames
-        rest, reason = self._reader.finish(delta)
-        frames += b"".join([self._part(part) for part in rest]) + self._close()
+        frames += self._close()
         stop_reason, stop_sequence = _stop(reason, delta.stop_reason)
         end = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
         return frames + event("message_delta", {"type": "message_delta", "delta": end, "usage": self._usage()})

@@ -2,18 +2,23 @@
 
 One prompt has one answer here. A stream's events are `{"text", "request_id", "tokens_generated"}`, with `index` where
 `prompts` asked for many; the last one of each prompt has `finish_reason` and `"final": true`, and nothing follows it.
+What the model of a chat thinks comes in events with `reasoning` and an empty text.
 """
 
 import time
 from functools import partial
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from asyncllm.errors import AsyncLLMError, InvalidRequest, show
+from asyncllm.router.answers import Reader
+from asyncllm.router.output.parts import Part, PartKind
 from asyncllm.router.stream import Delta
 from asyncllm.router.tokenizer import ContextLimit
 from asyncllm.server import params
+from asyncllm.server.conversation import Conversation, converse
 from asyncllm.server.job import Arrived, Asked, Job, admit, prepare
 from asyncllm.server.native_wire import (
     DEFAULT_MAX_TOKENS,
@@ -70,15 +75,19 @@ async def basic_generate(request: web.Request) -> web.StreamResponse:
 
 async def chat(request: web.Request) -> web.StreamResponse:
     """Generate the next turn of a conversation."""
-    serving = request.app[SERVING]
     arrived = await prepare(request, NativeChatRequest)
     body = arrived.body
     check(body, arrived.capacity.vocab_size)
-    messages = params.chat_messages(body.messages)
-    prompt = await serving.router.render_chat(messages, num_bytes=arrived.num_bytes)
-    job = await admit(request, arrived, _asked(body, "chat-", "messages", [prompt]))
-    whole = partial(message_body, job, _metadata(serving, job, body))
-    return await respond(request, job, NativeFrames(job, is_batch=False), whole)
+    conversation = Conversation(
+        parameters=body,
+        messages=params.chat_messages(body.messages),
+        max_tokens=params.resolve_max_tokens(body, chat=True),
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        prefix="chat-",
+    )
+    job, reader = await converse(request, arrived, conversation)
+    whole = partial(message_body, job, reader, _metadata(request.app[SERVING], job, body))
+    return await respond(request, job, NativeChatFrames(job, reader), whole)
 
 
 async def _generate(request: web.Request, arrived: Arrived[GenerateRequest]) -> web.StreamResponse:
@@ -99,7 +108,21 @@ async def _admit_prompts(request: web.Request, arrived: Arrived[GenerateRequest]
         add_special_tokens=body.add_special_tokens is not False,
         limit=ContextLimit(arrived.capacity.max_context_length, param),
     )
-    return await admit(request, arrived, _asked(body, "gen-", param, token_ids))
+    return await admit(
+        request,
+        arrived,
+        Asked(
+            parameters=body,
+            prefix="gen-",
+            param=param,
+            prompts=token_ids,
+            num_choices=1,
+            max_tokens=params.resolve_max_tokens(body, chat=True),
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            logprobs=None,
+            prompt_logprobs=None,
+        ),
+    )
 
 
 def prompts_of(body: GenerateRequest, max_prompts: int) -> tuple[str, list[str | list[int]]]:
@@ -147,20 +170,6 @@ def check(body: NativeRequest, vocab_size: int) -> None:
         raise InvalidRequest(f"metadata is larger than {MAX_METADATA_BYTES} bytes of JSON.", param="metadata")
 
 
-def _asked(body: NativeRequest, prefix: str, param: str, prompts: list[list[int]]) -> Asked:
-    return Asked(
-        parameters=body,
-        prefix=prefix,
-        param=param,
-        prompts=prompts,
-        num_choices=1,
-        max_tokens=params.resolve_max_tokens(body, chat=True),
-        default_max_tokens=DEFAULT_MAX_TOKENS,
-        logprobs=None,
-        prompt_logprobs=None,
-    )
-
-
 def _metadata(serving: Serving, job: Job, body: NativeRequest) -> dict[str, Any]:
     return {**(body.metadata or {}), "model_name": job.model, "backend": BACKEND}
 
@@ -205,6 +214,33 @@ class NativeFrames:
         return b'data: {"text":%b%b%d%b' % (encode_json(text), self._middle, num_tokens, self._tails[index])
 
 
+class NativeChatFrames(NativeFrames):
+    """Events of a native conversation: what the model thinks is told from what it says."""
+
+    def __init__(self, job: Job, reader: Reader) -> None:
+        super().__init__(job, is_batch=False)
+        self._reader = reader
+
+    def text(self, index: int, text: str) -> bytes:  # hot: once per token
+        """The event of the next text, or of the next thought."""
+        if self._reader.is_plain:
+            return super().text(index, text)
+        return b"".join([self._part(index, part) for part in self._reader.push(index, text)])
+
+    def delta(self, delta: Delta, usage: Usage | None) -> bytes:
+        """Events of what is new, a final one where the text ended."""
+        if self._reader.is_plain:
+            return super().delta(delta, usage)
+        parts, reason = self._reader.read(delta)
+        frames = b"".join([self._part(delta.index, part) for part in parts])
+        return frames + super().delta(Delta(delta.index, finish_reason=reason), usage) if reason else frames
+
+    def _part(self, index: int, part: Part) -> bytes:
+        if part.kind is PartKind.REASONING:
+            return self._start(index, "") + b',"reasoning":%b}\n\n' % encode_json(part.text)
+        return super().text(index, part.text)
+
+
 def generated_body(job: Job, metadata: dict[str, Any], is_batch: bool, choices: list[Delta]) -> Any:
     """One answer, or the list of them in the order of their prompts."""
     answers = [GeneratedText(text=choice.text, **_about(job, metadata, choice)) for choice in choices]
@@ -216,10 +252,12 @@ def texts_body(choices: list[Delta]) -> Any:
     return [choice.text for choice in choices]
 
 
-def message_body(job: Job, metadata: dict[str, Any], choices: list[Delta]) -> GeneratedMessage:
+def message_body(job: Job, reader: Reader, metadata: dict[str, Any], choices: list[Delta]) -> GeneratedMessage:
     """The answer as a turn of the conversation."""
     (choice,) = choices
-    return GeneratedMessage(message=NativeMessage(choice.text), **_about(job, metadata, choice))
+    answer = reader.whole(choice)
+    message = NativeMessage(answer.content, reasoning=answer.reasoning or msgspec.UNSET)
+    return GeneratedMessage(message=message, **_about(job, metadata, choice))
 
 
 def _about(job: Job, metadata: dict[str, Any], choice: Delta) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class NativeMessage(msgspec.Struct):
 
     content: str
     role: str = "assistant"
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET  # what the model thought in front of it
 
 
 class GeneratedMessage(Generated, kw_only=True):

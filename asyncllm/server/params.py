@@ -5,15 +5,19 @@ Nothing here waits or computes: a request is refused or turned into parameters b
 
 import re
 import secrets
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from asyncllm.errors import ContextLengthExceeded, InvalidRequest, show
 from asyncllm.router.output.history import check_calls
+from asyncllm.router.tokenizer import ContextLimit
 from asyncllm.server import structured
 from asyncllm.server.wire import ChatCompletionRequest, CompletionRequest, GenerationRequest, Message
 from asyncllm.types import SamplingParams
+from asyncllm.weights.base import SamplingDefaults
 
 MASK64 = 2**64 - 1
 MAX_MESSAGES = 4096
@@ -74,10 +78,6 @@ def check_chat(request: ChatCompletionRequest) -> None:
                              param="modalities", code="unsupported_parameter")  # fmt: skip
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs = true.", param="top_logprobs")
-    if request.add_generation_prompt and request.continue_final_message:
-        raise InvalidRequest(
-            "add_generation_prompt and continue_final_message cannot both be true.", param="continue_final_message"
-        )
     if len(request.messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages holds {len(request.messages)} turns: at most {MAX_MESSAGES}.", param="messages")
 
@@ -160,33 +160,61 @@ def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
     return "\n".join(texts)
 
 
-def prompts_of(prompt: str | list[str | int | list[int]] | None, vocab_size: int) -> list[str | list[int]]:
+def prompts_of(
+    prompt: str | list[str | int | list[int]] | None, vocab_size: int, limit: ContextLimit | None = None
+) -> list[str | Sequence[int]]:
     """The prompts of a completion request: one string, many, one list of token ids, or many.
 
-    Raises InvalidRequest for an empty or mixed prompt and for ids outside the vocabulary.
+    Raises InvalidRequest for an empty or mixed prompt and for ids outside the vocabulary, ContextLengthExceeded for
+    more ids than `limit`.
     """
     if prompt is None:
         raise InvalidRequest("prompt is required.", param="prompt", code="missing_required_parameter")
     if isinstance(prompt, str):
-        prompts: list[str | list[int]] = [prompt]
-    elif prompt and all(type(item) is int for item in prompt):
-        prompts = [prompt]  # type: ignore[list-item]
-    elif all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) for item in prompt):
+        prompts: list[str | Sequence[int]] = [prompt]
+    elif prompt and isinstance(prompt[0], int):
+        prompts = [_prompt_ids(prompt, vocab_size, limit)]
+    elif all(isinstance(item, str) for item in prompt):
         prompts = prompt  # type: ignore[assignment]
+    elif all(isinstance(item, list) for item in prompt):
+        prompts = [_prompt_ids(item, vocab_size, limit) for item in prompt]  # type: ignore[arg-type]
     else:
-        raise InvalidRequest(
-            "prompt mixes strings, numbers and lists: expected a string, a list of strings, a list of token ids or a "
-            "list of such lists.",
-            param="prompt",
-            code="invalid_type",
-        )
+        raise mixed("prompt")
     if not prompts or not all(prompts):
         raise InvalidRequest("prompt is empty: at least one token is needed.", param="prompt")
-    for item in prompts:
-        if isinstance(item, list) and (min(item) < 0 or max(item) >= vocab_size):
-            wrong = next(token for token in item if not 0 <= token < vocab_size)
-            raise InvalidRequest(f"prompt holds token id {show(wrong)}: expected 0 … {vocab_size - 1}.", param="prompt")
     return prompts
+
+
+def _prompt_ids(values: list[Any], vocab_size: int, limit: ContextLimit | None) -> Sequence[int]:
+    """How many there are is looked at first."""
+    if limit is not None and len(values) > limit.num_tokens:
+        raise limit.exceeded(f"your prompt has {len(values)} tokens")
+    return packed_ids(values, vocab_size, "prompt", "prompt")
+
+
+def packed_ids(values: list[Any], vocab_size: int, name: str, param: str) -> Sequence[int]:
+    """Token ids as an array, 27 ns each. Raises InvalidRequest, for ids outside the vocabulary with `name` in it."""
+    try:
+        ids = array("I", values)
+        wrong = max(ids, default=0) >= vocab_size
+    except TypeError:
+        raise mixed(param) from None
+    except OverflowError:
+        wrong = True
+    if wrong:
+        first = next((value for value in values if isinstance(value, int) and not 0 <= value < vocab_size), values)
+        raise InvalidRequest(f"{name} holds token id {show(first)}: expected 0 … {vocab_size - 1}.", param=name)
+    return ids
+
+
+def mixed(param: str) -> InvalidRequest:
+    """The error for what is neither texts nor token ids."""
+    return InvalidRequest(
+        f"{param} mixes strings, numbers and lists: expected a string, a list of strings, a list of token ids or a "
+        "list of such lists.",
+        param=param,
+        code="invalid_type",
+    )
 
 
 def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
@@ -238,10 +266,11 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     eos_token_ids: tuple[int, ...],
+    defaults: SamplingDefaults,
     bad_words: tuple[tuple[int, ...], ...],
     seed: int,
 ) -> SamplingParams:
-    """The request's parameters with defaults in place of what it left out.
+    """The request's parameters with the model's defaults in place of what it left out.
 
     Raises InvalidRequest where min_tokens does not fit the tokens that are left.
     """
@@ -256,13 +285,13 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=_or(request.temperature, 1.0),
-        top_p=_or(request.top_p, 1.0),
-        top_k=max(request.top_k or 0, 0),
-        min_p=request.min_p or 0.0,
+        temperature=_or(request.temperature, defaults.temperature),
+        top_p=_or(request.top_p, defaults.top_p),
+        top_k=max(defaults.top_k if request.top_k is None else request.top_k, 0),
+        min_p=_or(request.min_p, defaults.min_p),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
         seed=_int64(seed),
         logit_bias=tuple((request.logit_bias or {}).items()),
         stop_token_ids=stop_token_ids,

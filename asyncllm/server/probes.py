@@ -1,5 +1,6 @@
 """What operators and load balancers ask: probes, models, load, version, metrics, abort."""
 
+import asyncio
 import os
 import platform
 import time
@@ -26,6 +27,7 @@ from asyncllm.server.serving import SERVING, Serving, version_of
 from asyncllm.server.wire import AbortRequest
 
 RETRY = {"Retry-After": "1"}
+METRICS_PIECE_S = 0.004  # then the loop looks at everybody else: every pause is a turn of it, 5 ms on a busy machine
 
 
 async def livez(request: web.Request) -> web.Response:
@@ -145,7 +147,7 @@ async def abort(request: web.Request) -> web.Response:
     check_content_type(request)
     raw = await read_body(request, serving.config.api.max_body_bytes, serving.config.server.body_timeout_s)
     body, _ = await decode_body(raw, AbortRequest)
-    prefixes = ("", "chatcmpl-", "cmpl-", "resp_", "msg_", "gen-", "chat-")
+    prefixes = ("", "chatcmpl-", "cmpl-", "resp_", "msg_", "embd-", "gen-", "chat-")
     aborted = [p + body.request_id for p in prefixes if serving.router.abort(p + body.request_id)]
     if not aborted:
         raise NotFound(f"No request {show(body.request_id)!r} is running.", param="request_id")
@@ -154,5 +156,10 @@ async def abort(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus text format."""
-    body = request.app[SERVING].metrics.render()
-    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+    families, begin_s = [], time.monotonic()
+    for family in request.app[SERVING].metrics.families():
+        families.append(family)
+        if time.monotonic() - begin_s > METRICS_PIECE_S:
+            await asyncio.sleep(0)
+            begin_s = time.monotonic()
+    return web.Response(body=b"".join(families), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

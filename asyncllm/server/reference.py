@@ -114,6 +114,8 @@ def _type(schema: Json) -> str:
         return str(schema["$ref"]).rsplit("/", 1)[1]
     if "anyOf" in schema:
         return " or ".join(_type(option) for option in schema["anyOf"] if option != {"type": "null"})
+    if "enum" in schema:
+        return " or ".join(f'"{value}"' for value in schema["enum"] if value is not None)
     kinds = schema.get("type", "any")
     kind = next(kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "null")
     if kind == "array":

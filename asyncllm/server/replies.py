@@ -23,6 +23,12 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """Part of usage."""
+
+    reasoning_tokens: int = 0
+
+
 class Usage(msgspec.Struct):
     """What a request cost, in tokens."""
 
@@ -30,6 +36,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(msgspec.Struct):
@@ -156,10 +163,14 @@ class ErrorBody(msgspec.Struct):
     error: ErrorDetail
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
-    """Usage with its sum."""
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int) -> Usage:
+    """Usage with its sum; cached tokens are the prompt's, reasoning tokens the completion's."""
     return Usage(
-        prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached_tokens)
+        prompt_tokens,
+        completion_tokens,
+        prompt_tokens + completion_tokens,
+        PromptTokensDetails(cached_tokens),
+        CompletionTokensDetails(reasoning_tokens),
     )
 
 

@@ -213,11 +213,11 @@ class ResponseAnswer:
             model=job.model,
             parallel_tool_calls=body.parallel_tool_calls is not False,
             reasoning=body.reasoning or ReasoningConfig(),
-            temperature=1.0 if body.temperature is None else body.temperature,
+            temperature=job.choices[0].params.temperature,
             text=body.text or TextConfig(TextFormat("text")),
             tool_choice=body.tool_choice or "auto",
             tools=body.tools or [],
-            top_p=1.0 if body.top_p is None else body.top_p,
+            top_p=job.choices[0].params.top_p,
             metadata=body.metadata or {},
             user=body.user,
         )
@@ -242,11 +242,10 @@ class ResponseAnswer:
 
     def delta(self, delta: Delta, usage: Usage | None) -> bytes:
         """Pieces of items; the response as a whole where it ended."""
-        frames = self.text(delta.index, delta.text) if delta.text else b""
+        parts, reason = self._reader.read(delta)
+        frames = b"".join([self._part(part) for part in parts])
         if delta.finish_reason is None:
             return frames
-        rest, reason = self._reader.finish(delta)
-        frames += b"".join([self._part(part) for part in rest])
         is_complete = reason in ("stop", "tool_calls")
         frames += self._end_item("completed" if is_complete else "incomplete")
         self._finish(reason)
@@ -358,7 +357,7 @@ class ResponseAnswer:
             usage.prompt_tokens,
             InputDetails(usage.prompt_tokens_details.cached_tokens),
             usage.completion_tokens,
-            OutputDetails(),
+            OutputDetails(usage.completion_tokens_details.reasoning_tokens),
             usage.total_tokens,
         )
 

@@ -15,6 +15,8 @@ from aiohttp import web
 from asyncllm.server import docs_page, examples, native, probe_wire, probes, tokens
 from asyncllm.server.chat import chat_completions
 from asyncllm.server.completions import completions
+from asyncllm.server.embeddings import embeddings
+from asyncllm.server.embeddings_wire import Embeddings, EmbeddingsRequest
 from asyncllm.server.event_wire import (
     ChatChunk,
     CompletionChunk,
@@ -119,6 +121,8 @@ ROUTES = (
     Route("POST", "/v1/messages/count_tokens", count_tokens, Access.USER, tag="Anthropic",
           body=CountTokensRequest, answer=TokenCount, errors=READING, error=MessagesError,
           examples=examples.COUNT_TOKENS),
+    Route("POST", "/v1/embeddings", embeddings, Access.USER, tag="OpenAI",
+          body=EmbeddingsRequest, answer=Embeddings, errors=GENERATING, examples=examples.EMBEDDINGS),
     Route("GET", "/v1/models", probes.models, Access.USER, tag="OpenAI",
           answer=probe_wire.ModelList, errors=(503,)),
     Route("GET", "/v1/models/{id:.+}", probes.model, Access.USER, tag="OpenAI",

@@ -63,7 +63,6 @@ STATES = {
     "TextFormat.description": IGNORED,
     "TextFormat.strict": IGNORED,
     # POST /v1/messages
-    "MessagesTool.strict": IGNORED,
     "ThinkingConfig.display": IGNORED,
     # The native API
     "NativeRequest.metadata": HONOURED,
@@ -153,7 +152,7 @@ NOTES = {
     "MessagesTool.input_schema": "a JSON schema of its arguments",
     "MessagesTool.description": "what it does",
     "MessagesTool.type": "custom, which it also is where nothing is said",
-    "MessagesTool.strict": "the schema holds where a call is forced",
+    "MessagesTool.strict": "the schema holds wherever it is called, not only where a call is forced",
     "MessagesToolChoice.type": "auto, any, tool or none",
     "MessagesToolChoice.name": "needed where type is tool",
     "MessagesToolChoice.disable_parallel_tool_use": "one call at most",

@@ -11,12 +11,14 @@ from aiohttp import web
 from msgspec import Meta
 
 from asyncllm.errors import ContextLengthExceeded, InvalidRequest, show
+from asyncllm.router.output.tools import check_tool_choice, check_tools
 from asyncllm.router.tokenizer import ContextLimit
 from asyncllm.server import params
+from asyncllm.server.conversation import Conversation, render, render_text, starts_turn
 from asyncllm.server.job import prepare
 from asyncllm.server.replies import json_response
 from asyncllm.server.serving import SERVING
-from asyncllm.server.wire import Message, ModelRequest, TokenId, about
+from asyncllm.server.wire import GenerationRequest, Message, ModelRequest, TokenId, about
 
 # Both bound what holds the loop: making a list of ids, and writing text as JSON (18 ms where it is all escapes).
 MAX_TOKENS = 131_072
@@ -32,7 +34,12 @@ class TemplateRequest(ModelRequest, kw_only=True):
     add_generation_prompt: Annotated[bool | None, about("start the assistant's turn", True)] = None
     continue_final_message: Annotated[bool | None, about("leave the last turn open", False)] = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, about("variables for the chat template")] = None
-    tools: Annotated[list[dict[str, Any]] | None, about("functions, as the chat template shows them")] = None
+    reasoning_effort: Annotated[str | None, about("handed to the chat template; none turns thinking off")] = None
+    tools: Annotated[list[dict[str, Any]] | None, about("functions that the model may call")] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, about("as for chat completions")] = None
+
+
+TEMPLATE_FIELDS = [name for name in TemplateRequest.__struct_fields__ if name not in ModelRequest.__struct_fields__]
 
 
 class TokenizeRequest(TemplateRequest, kw_only=True):
@@ -73,7 +80,7 @@ class Prompt(msgspec.Struct):
 class CountLimit(ContextLimit, frozen=True):
     """How many tokens may be counted in one request; never less than the context."""
 
-    def exceeded(self, what: str) -> ContextLengthExceeded:
+    def exceeded(self, what: str, index: int = 0) -> ContextLengthExceeded:
         """The error; `what` says how long the text is."""
         return ContextLengthExceeded(
             f"At most {self.num_tokens} tokens are counted in one request. However, {what}.", param=self.param
@@ -88,9 +95,7 @@ async def tokenize(request: web.Request) -> web.Response:
     limit = CountLimit(max(MAX_TOKENS, context), "prompt" if body.messages is None else "messages")
     check_tokenize(body)
     if body.messages is not None:
-        tokens = await router.render_chat(
-            params.chat_messages(body.messages), num_bytes=arrived.num_bytes, limit=limit, **template_options(body)
-        )
+        tokens = await render(router, conversation_of(body, body.messages), arrived.num_bytes, limit)
     else:
         (tokens,) = await router.encode_prompts(
             [body.prompt or ""],
@@ -100,7 +105,7 @@ async def tokenize(request: web.Request) -> web.Response:
         )
     token_strs = await router.token_texts(tokens) if body.return_token_strs else None
     check_length(sum(map(len, token_strs or ())), limit.param)
-    return json_response(Tokenized(len(tokens), context, tokens, token_strs), headers=arrived.headers)
+    return json_response(Tokenized(len(tokens), context, list(tokens), token_strs), headers=arrived.headers)
 
 
 async def detokenize(request: web.Request) -> web.Response:
@@ -125,9 +130,8 @@ async def apply_template(request: web.Request) -> web.Response:
     """Tell what the chat template makes of a conversation, as text."""
     router = request.app[SERVING].router
     arrived = await prepare(request, ApplyTemplateRequest)
-    options = template_options(arrived.body)
-    messages = params.chat_messages(arrived.body.messages)
-    text = await router.render_text(messages, num_bytes=arrived.num_bytes, **options)
+    body = arrived.body
+    text = await render_text(router, conversation_of(body, body.messages), arrived.num_bytes)
     check_length(len(text), "messages")
     return json_response(Prompt(text), headers=arrived.headers)
 
@@ -155,21 +159,20 @@ def check_tokenize(body: TokenizeRequest) -> None:
         return
     if body.prompt is None:
         raise InvalidRequest("prompt or messages is required.", param="prompt", code="missing_required_parameter")
-    for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
+    for name in TEMPLATE_FIELDS:
         if getattr(body, name) is not None:
             raise InvalidRequest(f"{name} needs messages.", param=name)
 
 
-def template_options(body: TemplateRequest) -> dict[str, Any]:
-    """What `Router.render_chat` and `Router.render_text` are told beside the messages. Raises InvalidRequest."""
-    continue_final, add_prompt = bool(body.continue_final_message), body.add_generation_prompt
-    if add_prompt and continue_final:
-        raise InvalidRequest(
-            "add_generation_prompt and continue_final_message cannot both be true.", param="continue_final_message"
-        )
-    return {
-        "tools": body.tools or None,
-        "add_generation_prompt": not continue_final if add_prompt is None else add_prompt,
-        "continue_final_message": continue_final,
-        "template_kwargs": body.chat_template_kwargs or {},
-    }
+def conversation_of(body: TemplateRequest, messages: list[Message]) -> Conversation:
+    """The request in no API's words. Raises InvalidRequest."""
+    tools = check_tools(body.tools) if body.tools is not None else []
+    return Conversation(
+        parameters=GenerationRequest(),
+        messages=params.chat_messages(messages),
+        tools=tools,
+        tool_choice=check_tool_choice(body.tool_choice, tools),
+        template_kwargs=params.template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+        add_generation_prompt=starts_turn(body.add_generation_prompt, body.continue_final_message),
+        continue_final_message=bool(body.continue_final_message),
+    )

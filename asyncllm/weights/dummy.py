@@ -29,19 +29,20 @@ class DummyCheckpoint:
         self, name: str, architecture: ModelArchitecture, text: TextFacts, tokenizer: "Callable[[], Tokenizer]"
     ) -> None:
         """`tokenizer` makes a fresh one at each call."""
-        self.name = name
+        self.name = self.source = name
         self.architecture = architecture
         self.text = text
         self.num_bytes = architecture.num_parameters * BYTES_PER_VALUE[architecture.dtype]
         self._tokenizer = tokenizer
 
     @classmethod
-    def of_directory(cls, directory: Path, name: str) -> "DummyCheckpoint":
+    def of_directory(cls, directory: Path, name: str, generation_config: bool = True) -> "DummyCheckpoint":
         """Shapes, chat template and tokenizer of a Hugging Face directory, whose weights need not be there."""
         shapes = architecture(directory)
         tokenizer = load_tokenizer(directory)
         serialized = tokenizer.to_str()
-        return cls(name, shapes, text_facts(directory, tokenizer), lambda: type(tokenizer).from_str(serialized))
+        text = text_facts(directory, tokenizer, generation_config)
+        return cls(name, shapes, text, lambda: type(tokenizer).from_str(serialized))
 
     def tokenizer(self) -> "Tokenizer":
         """A fresh tokenizer."""

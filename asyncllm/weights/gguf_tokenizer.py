@@ -1,7 +1,8 @@
 """Builds a tokenizer, and the facts about its tokens, from GGUF metadata.
 
-Byte-level BPE only (`tokenizer.ggml.model = gpt2`). How text is cut before merging is not in the file: it is named by
-`tokenizer.ggml.pre`, and this module knows what each name stands for. Any thread.
+Byte-level BPE here (`tokenizer.ggml.model = gpt2`), SentencePiece in `gguf_sentencepiece.py`. How text is cut before
+merging is not in the file: it is named by `tokenizer.ggml.pre`, and this module knows what each name stands for. Any
+thread.
 """
 
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from asyncllm.errors import StartupError, show
+from asyncllm.weights import chat_templates
 from asyncllm.weights.base import TextFacts
+from asyncllm.weights.gguf_sentencepiece import SPACE, build_sentencepiece
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # Values of tokenizer.ggml.token_type that are not ordinary vocabulary.
 CONTROL, USER_DEFINED = 3, 4
+SENTENCEPIECE = "llama"  # of tokenizer.ggml.model
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -54,9 +58,11 @@ def text_facts(path: Path, metadata: dict[str, Any]) -> TextFacts:
     # eot and eom end a turn as well, where the vocabulary tells them from eos.
     ends = [_token_id(path, metadata, kind, len(tokens)) for kind in ("eos", "eot", "eom")]
     eos = ends[0]
-    template = metadata.get("tokenizer.chat_template")
+    templates = chat_templates.of_gguf(path, metadata)
     return TextFacts(
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=templates.default,
+        named_templates=templates.others,
+        template_origin=templates.origin,
         bos_token=None if bos is None else tokens[bos],
         eos_token=None if eos is None else tokens[eos],
         bos_token_id=bos,
@@ -67,12 +73,34 @@ def text_facts(path: Path, metadata: dict[str, Any]) -> TextFacts:
 
 
 def build_tokenizer(path: Path, metadata: dict[str, Any]) -> "Tokenizer":
-    """A byte-level BPE tokenizer whose control tokens are special and whose ids are the file's."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    """A tokenizer whose control tokens are special and whose ids are the file's."""
+    from tokenizers import AddedToken, processors
 
     pre = _pre_tokenizer(path, metadata)
     tokens = _tokens(path, metadata)
     types = _token_types(path, metadata, len(tokens))
+    if metadata.get("tokenizer.ggml.model") == SENTENCEPIECE:
+        tokenizer = build_sentencepiece(path, metadata, tokens, types)
+    else:
+        tokenizer = _build_byte_level(path, metadata, tokens, pre)
+    named = [(token, kind == CONTROL) for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)]
+    # A run of spaces that is a token by decree is there only once spaces have become what the vocabulary writes.
+    tokenizer.add_tokens(
+        [AddedToken(token, special=special, normalized=not special and SPACE in token) for token, special in named]
+    )
+    facts = text_facts(path, metadata)
+    if facts.add_bos:
+        bos = str(facts.bos_token)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, facts.bos_token_id)]
+        )
+    return tokenizer
+
+
+def _build_byte_level(path: Path, metadata: dict[str, Any], tokens: list[str], pre: PreTokenizer) -> "Tokenizer":
+    """The tokenizer without its special tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise StartupError(f"{path}: GGUF key tokenizer.ggml.merges is missing")
@@ -87,14 +115,6 @@ def build_tokenizer(path: Path, metadata: dict[str, Any]) -> "Tokenizer":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _splitter(pre)
     tokenizer.decoder = decoders.ByteLevel()
-    named = [(token, kind == CONTROL) for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in named])
-    facts = text_facts(path, metadata)
-    if facts.add_bos:
-        bos = str(facts.bos_token)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, facts.bos_token_id)]
-        )
     return tokenizer
 
 
@@ -112,8 +132,13 @@ def _splitter(pre: PreTokenizer) -> Any:
 
 def _pre_tokenizer(path: Path, metadata: dict[str, Any]) -> PreTokenizer:
     model = metadata.get("tokenizer.ggml.model")
+    if model == SENTENCEPIECE:
+        return PreTokenizer(add_bos=True)  # text is not cut
     if model != "gpt2":
-        raise StartupError(f"{path}: tokenizer model {show(str(model))} is not served; served: gpt2 (byte-level BPE)")
+        raise StartupError(
+            f"{path}: tokenizer model {show(str(model))} is not served; served: gpt2 (byte-level BPE), "
+            f"{SENTENCEPIECE} (SentencePiece BPE)"
+        )
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in PRE_TOKENIZERS:
         served = ", ".join(PRE_TOKENIZERS)

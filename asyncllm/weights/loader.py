@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from asyncllm.attention.base import AttentionBackend
 from asyncllm.errors import StartupError, show
 from asyncllm.layers.linear import Linear
-from asyncllm.layers.mlp import GatedMLP
-from asyncllm.layers.norm import RMSNorm
-from asyncllm.layers.rotary import Rotary
 from asyncllm.models.base import CausalLM
 from asyncllm.models.registry import build_model
 from asyncllm.weights.base import Checkpoint
+from asyncllm.weights.names import decoder_tensor
 
 MAX_NAMES_SHOWN = 4
 
@@ -48,10 +46,11 @@ def load_model(
         with torch.device("meta"):
             model = build_model(checkpoint.architecture, attention)
         _materialise(model, dtype, device)
-        _fill(checkpoint, targets_of(model))
-        for module in model.modules():
-            if isinstance(module, Linear | RMSNorm | Rotary | GatedMLP):
-                module.prepare(attention.fused)
+        _fill(checkpoint, model)
+        for module in model.modules():  # outer ones first: attention may reorder what its projections then pack
+            prepare = getattr(module, "prepare", None)
+            if prepare is not None:
+                prepare(attention.fused)
     return cast(CausalLM, model.eval())
 
 
@@ -86,27 +85,46 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
     return targets
 
 
-def _fill(checkpoint: Checkpoint, targets: dict[str, Target]) -> None:
+def stacks_of(model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
+    """Parameters that some checkpoints (Phi 3, GPT-2) store as one tensor, by its name, and the names of the parts."""
+    stacks: dict[str, tuple[Tensor, list[str]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and module.parts:
+            parent = path.rpartition(".")[0]
+            for name, parameter in module.named_parameters(recurse=False):
+                stacks[f"{path}.{name}"] = (parameter, [f"{parent}.{part}.{name}" for part in module.parts])
+    return stacks
+
+
+def _fill(checkpoint: Checkpoint, model: nn.Module) -> None:
+    targets, stacks, family = targets_of(model), stacks_of(model), checkpoint.architecture.family
     missing = {name for name, target in targets.items() if not target.optional}
     unexpected = []
-    for name, tensor in checkpoint.tensors():
-        target = targets.get(name)
-        if target is None:
-            unexpected.append(name)
+    for stored_name, stored in checkpoint.tensors():
+        named = decoder_tensor(family, stored_name, stored)
+        if named is None:
             continue
-        if target.optional:
+        name, tensor = named
+        if name in stacks:
+            destination, filled = stacks[name]
+        elif name not in targets:
+            unexpected.append(stored_name)
             continue
-        destination = target.destination
+        elif targets[name].optional:
+            continue
+        else:
+            destination, filled = targets[name].destination, [name]
         if tensor.shape != destination.shape:
             raise StartupError(
-                f"{checkpoint.name}: tensor {name} has shape {list(tensor.shape)}, expected {list(destination.shape)}"
+                f"{checkpoint.source}: tensor {stored_name} has shape {list(tensor.shape)}, "
+                f"expected {list(destination.shape)}"
             )
         destination.copy_(tensor)
-        missing.discard(name)
+        missing.difference_update(filled)
     if missing:
-        raise StartupError(f"{checkpoint.name}: missing tensors ({len(missing)}): {_names(missing)}")
+        raise StartupError(f"{checkpoint.source}: missing tensors ({len(missing)}): {_names(missing)}")
     if unexpected:
-        raise StartupError(f"{checkpoint.name}: unexpected tensors ({len(unexpected)}): {_names(unexpected)}")
+        raise StartupError(f"{checkpoint.source}: unexpected tensors ({len(unexpected)}): {_names(unexpected)}")
 
 
 def _names(names: set[str] | list[str]) -> str:

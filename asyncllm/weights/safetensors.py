@@ -4,15 +4,19 @@ Reads headers itself, so that opening needs no torch; tensors come through the s
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from asyncllm.errors import StartupError, show
 from asyncllm.models.config import ModelArchitecture
 from asyncllm.weights.base import TextFacts
 from asyncllm.weights.hugging_face import architecture, read_json, text_facts
+from asyncllm.weights.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -20,21 +24,35 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SERVED_DTYPES = {"F32", "F16", "BF16"}
+SERVED_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a value
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class TensorEntry(msgspec.Struct, frozen=True):
+    """What a shard's header says of one tensor."""
+
+    name: str
+    dtype: str  # in the format's spelling: F32, BF16, …
+    shape: tuple[int, ...]
+    num_bytes: int
 
 
 class SafetensorsCheckpoint:
     """A directory with config.json. Headers of all shards are read and checked on opening."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, generation_config: bool = True) -> None:
+        """`generation_config`: whether generation_config.json counts."""
         self.name = name
+        self.source = str(directory)
         self._directory = directory
         self.architecture: ModelArchitecture = architecture(directory)
-        self._shards = [directory / file for file in _shard_names(directory)]
-        self.num_bytes = sum(_checked_data_bytes(shard) for shard in self._shards)
+        self._shards = read_shards(directory)
+        for shard, entries in self._shards.items():
+            _check_dtypes(shard, entries)
+        self.num_bytes = sum(entry.num_bytes for entries in self._shards.values() for entry in entries)
         self._tokenizer: Tokenizer | None = None
-        self.text: TextFacts = text_facts(directory, self.tokenizer())
+        self.text: TextFacts = text_facts(directory, self.tokenizer(), generation_config)
 
     def tokenizer(self) -> "Tokenizer":
         """From tokenizer.json; other formats are converted by transformers. Read once: conversion can take seconds."""
@@ -43,30 +61,46 @@ class SafetensorsCheckpoint:
         return self._tokenizer.from_str(self._tokenizer.to_str())
 
     def tensors(self) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Views of one mapped shard after another; rotary tables that old exporters wrote are left out."""
+        """Views of one mapped shard after another; rotary tables that old exporters wrote are left out.
+
+        A shard is unmapped once nobody holds a view of it: keep none beyond the next one.
+        """
         from safetensors import SafetensorError, safe_open
 
-        for shard in self._shards:
-            try:
-                with safe_open(shard, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - not a dict
-                        if not name.endswith(".rotary_emb.inv_freq"):
-                            yield name, file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise StartupError(f"{shard}: damaged safetensors file: {show(str(error))}") from None
+        with Progress(f"loading {self.name}", self.num_bytes) as progress:
+            for shard, entries in self._shards.items():
+                try:
+                    with safe_open(shard, framework="pt") as file:
+                        for entry in entries:
+                            if not entry.name.endswith(".rotary_emb.inv_freq"):
+                                yield entry.name, file.get_tensor(entry.name)
+                            progress.advance(entry.num_bytes)
+                except (SafetensorError, OSError) as error:
+                    raise StartupError(f"{shard}: damaged safetensors file: {show(str(error))}") from None
 
 
-def _shard_names(directory: Path) -> list[str]:
+def read_shards(directory: Path) -> dict[Path, list[TensorEntry]]:
+    """Every shard's header, in the order of names. Raises StartupError for files that are missing or do not add up."""
+    shards = {directory / name: read_header(directory / name) for name in shard_names(directory)}
+    place: dict[str, str] = {}
+    for shard, entries in shards.items():
+        for entry in entries:
+            if entry.name in place:
+                raise StartupError(f"{shard}: tensor {show(entry.name)} is in {place[entry.name]} as well")
+            place[entry.name] = shard.name
+    if (directory / INDEX_FILE).is_file():
+        for name, file in _weight_map(directory).items():
+            if place.get(name) != file:
+                there = f"it is in {place[name]}" if name in place else "no shard has it"
+                raise StartupError(f"{directory / INDEX_FILE}: tensor {show(name)} should be in {file}, but {there}")
+    return shards
+
+
+def shard_names(directory: Path) -> list[str]:
     """File names from the index, or the one file there is."""
     if (directory / INDEX_FILE).is_file():
-        weight_map = read_json(directory / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise StartupError(f"{directory / INDEX_FILE}: weight_map is missing or empty")
-        names = sorted({str(name) for name in weight_map.values()})
+        names = shard_names_of_index(directory)
         for name in names:
-            # An index is data of strangers: it may not lead out of its directory.
-            if Path(name).name != name:
-                raise StartupError(f"{directory / INDEX_FILE}: shard {show(name)} is not a plain file name")
             if not (directory / name).is_file():
                 raise StartupError(f"{directory}: shard {name} is missing ({len(names)} are listed in {INDEX_FILE})")
         return names
@@ -77,11 +111,34 @@ def _shard_names(directory: Path) -> list[str]:
         return names
     if names:
         raise StartupError(f"{directory}: {len(names)} .safetensors files but no {INDEX_FILE}")
-    raise StartupError(f"{directory}: no .safetensors file (pickled .bin and .pt files are not loaded)")
+    pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
+    if pickles:
+        raise StartupError(
+            f"{directory / pickles[0]}: pickled weights can run any code and are never loaded: "
+            "convert the model to safetensors"
+        )
+    raise StartupError(f"{directory}: no .safetensors file (pickled .bin and .pt files are never loaded)")
 
 
-def _checked_data_bytes(shard: Path) -> int:
-    """Bytes of tensor data, after checking that the header is sound and the file as long as it says."""
+def shard_names_of_index(directory: Path) -> list[str]:
+    """The files that the index lists, there or not."""
+    return sorted(set(_weight_map(directory).values()))
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor -> shard."""
+    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise StartupError(f"{directory / INDEX_FILE}: weight_map is missing or empty")
+    for name in weight_map.values():
+        # An index is data of strangers: it may not lead out of its directory.
+        if not isinstance(name, str) or Path(name).name != name:
+            raise StartupError(f"{directory / INDEX_FILE}: shard {show(name)} is not a plain file name")
+    return weight_map
+
+
+def read_header(shard: Path) -> list[TensorEntry]:
+    """A shard's tensors in file order, after checking that they fill the file exactly."""
     size = shard.stat().st_size
     with shard.open("rb") as file:
         prefix = file.read(8)
@@ -91,17 +148,34 @@ def _checked_data_bytes(shard: Path) -> int:
         raw = file.read(length)
     try:
         header: dict[str, Any] = json.loads(raw)
-        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        end = max((int(entry["data_offsets"][1]) for _, entry in entries), default=0)
-        dtypes = {name: str(entry["dtype"]) for name, entry in entries}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        placed = sorted(
+            (int(entry["data_offsets"][0]), int(entry["data_offsets"][1]), name, entry)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        )
+        entries = [
+            TensorEntry(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), end - start)
+            for start, end, name, entry in placed
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise StartupError(f"{shard}: damaged safetensors file: its header is not readable") from None
-    if 8 + length + end != size:
-        raise StartupError(f"{shard}: truncated or damaged: {size} bytes, its header says {8 + length + end}")
-    for name, dtype in dtypes.items():
-        if dtype not in SERVED_DTYPES:
-            raise StartupError(f"{shard}: tensor {show(name)} has dtype {dtype}; served: F32, F16, BF16")
-    return end
+    expected = 0
+    for (start, end, name, _), entry in zip(placed, entries):
+        num_bytes = math.prod(entry.shape) * SERVED_DTYPES.get(entry.dtype, 0)
+        if start != expected or end < start or (num_bytes and num_bytes != end - start):
+            raise StartupError(f"{shard}: damaged safetensors file: tensor {show(name)} is not where it should be")
+        expected = end
+    if 8 + length + expected != size:
+        raise StartupError(f"{shard}: truncated or damaged: {size} bytes, its header says {8 + length + expected}")
+    return entries
+
+
+def _check_dtypes(shard: Path, entries: list[TensorEntry]) -> None:
+    for entry in entries:
+        if entry.dtype not in SERVED_DTYPES:
+            raise StartupError(
+                f"{shard}: tensor {show(entry.name)} has dtype {entry.dtype}; served: {', '.join(SERVED_DTYPES)}"
+            )
 
 
 def load_tokenizer(directory: Path) -> "Tokenizer":

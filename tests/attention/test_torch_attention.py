@@ -9,24 +9,24 @@ import torch
 from asyncllm.attention import torch_attention
 from asyncllm.attention.base import AttentionMetadata
 from asyncllm.attention.torch_attention import TorchAttention, split_decode_rows
+from tests.attention.oracle import attend
 
 H, K, D, B = 6, 2, 8, 4
-
-
-def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[T, H, D] behind L - T earlier keys [L, K, D], in float64."""
-    query, keys, values = query.double(), keys.double(), values.double()
-    keys, values = keys.repeat_interleave(H // K, 1), values.repeat_interleave(H // K, 1)
-    scores = torch.einsum("thd,lhd->htl", query, keys) / math.sqrt(D)
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(keys.shape[0] - query.shape[0] + 1)
-    return torch.einsum("htl,lhd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
 
 
 class Batch:
     """Random rows: the pages hold all but the query tokens' keys, as previous steps would have left them."""
 
-    def __init__(self, rows: list[tuple[int, int]], seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        rows: list[tuple[int, int]],
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> None:
         """`rows`: (query tokens, tokens in all) each, rows of one query token with a prefix first."""
+        self.window, self.soft_cap = window, soft_cap
         generator = torch.Generator().manual_seed(seed)
         needed = sum(-(-length // B) for _, length in rows)
         blocks = list(range(1, needed + 1))
@@ -77,11 +77,11 @@ class Batch:
         keys = torch.cat([keys[prefix:] for keys, prefix in zip(self.keys, prefixes)])
         values = torch.cat([values[prefix:] for values, prefix in zip(self.values, prefixes)])
         step = backend.begin(self.metadata(self.query_lens, self.seq_lens, self.num_decode_rows), self.kv_cache)
-        return step.attend(self.query, keys, values, self.kv_cache, scale)
+        return step.attend(self.query, keys, values, self.kv_cache, scale, self.window, self.soft_cap)
 
     def expected(self) -> torch.Tensor:
-        queries = self.query.split(self.query_lens)
-        return torch.cat([reference(*row) for row in zip(queries, self.keys, self.values)])
+        rows = zip(self.query.split(self.query_lens), self.keys, self.values)
+        return torch.cat([attend(*row, 1 / math.sqrt(D), self.window, self.soft_cap) for row in rows])
 
 
 def assert_right(batch: Batch, tolerance: float = 1e-5) -> None:
@@ -106,6 +106,45 @@ def test_rows_attend_to_their_own_pages_only(rows: list[tuple[int, int]]) -> Non
     assert_right(Batch(rows, seed=0))
 
 
+# Windows within a page, of a page, over pages, and longer than any row.
+@pytest.mark.parametrize(
+    ("window", "soft_cap"), [(1, 0.0), (3, 0.0), (4, 0.0), (9, 0.0), (60, 0.0), (0, 1.5), (6, 2.0)]
+)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(1, 2)],
+        [(1, 17)],
+        [(1, 30), (1, 5), (1, 16), (1, 4)],
+        [(9, 9)],
+        [(5, 20)],
+        [(1, 12), (1, 7), (4, 4), (6, 21), (1, 1), (19, 19)],
+    ],
+    ids=str,
+)
+def test_queries_see_their_window_and_scores_stay_below_the_cap(
+    rows: list[tuple[int, int]], window: int, soft_cap: float
+) -> None:
+    assert_right(Batch(rows, seed=5, window=window, soft_cap=soft_cap))
+
+
+def test_a_windowed_chunk_is_attended_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_attention, "PREFIX_QUERY_CHUNK", 7)
+    assert_right(Batch([(1, 3), (20, 33), (24, 24), (3, 50)], seed=6, window=5))
+    assert_right(Batch([(20, 33), (24, 24)], seed=6, window=11, soft_cap=1.0))
+
+
+def test_windowed_rows_of_different_lengths_are_one_decode_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_attention, "PADDED_KEYS_PER_GROUP", 8)
+    # Each gathers its window alone, so the long ones cost what the short ones do.
+    batch = Batch([(1, 9), (1, 60), (1, 12), (1, 33), (1, 58)], seed=7, window=6)
+    assert_right(batch)
+    step = TorchAttention().begin(batch.metadata(batch.query_lens, batch.seq_lens, 5), batch.kv_cache)
+    step.attend(batch.query, *(torch.zeros(5, K, D) for _ in range(2)), batch.kv_cache, 1.0, batch.window)
+    (plan,) = step.plans.values()
+    assert [group.length <= 6 + B for group in plan.decodes] == [True]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_steps_agree_with_attention_written_out(seed: int) -> None:
     rng = random.Random(seed)
@@ -114,7 +153,8 @@ def test_random_steps_agree_with_attention_written_out(seed: int) -> None:
         (length, length + rng.choice([0, rng.randint(1, 30)]))
         for length in rng.choices(range(2, 30), k=rng.randint(1, 3))
     ]
-    assert_right(Batch(decodes + prompts, seed))
+    window, soft_cap = rng.choice([0, rng.randint(1, 40)]), rng.choice([0.0, 0.0, rng.uniform(0.5, 5.0)])
+    assert_right(Batch(decodes + prompts, seed, window=window, soft_cap=soft_cap))
 
 
 def test_a_long_chunk_behind_a_prefix_is_attended_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +177,8 @@ def test_both_ways_of_decoding_in_bfloat16_are_near_the_exact_one(
     monkeypatch.setattr(torch_attention, "MIN_KEYS_FOR_PRODUCTS", threshold)
     # Scores and outputs are of order 1 and rounded to 8 bits (0.4 %) about three times on the way.
     assert_right(Batch(rows, 3, torch.bfloat16), tolerance=2e-2)
+    assert_right(Batch(rows, 3, torch.bfloat16, window=7), tolerance=2e-2)
+    assert_right(Batch(rows, 3, torch.bfloat16, soft_cap=3.0), tolerance=2e-2)
 
 
 def test_one_long_row_is_decoded_apart_from_many_short_ones() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from asyncllm.config import CacheConfig, SchedulerConfig
 from asyncllm.engine.scheduler import Scheduler
-from asyncllm.types import Finished, FinishReason, SamplingParams, Started, StepOutput, Submit, TokenLogprobs
+from asyncllm.types import Finished, FinishReason, Floats, SamplingParams, Started, StepOutput, Submit, TokenLogprobs
 from tests.fakes import FakeExecutor, NextToken, choose, greedy, pseudo_random_token, small_capacity
 
 DEPTHS = pytest.mark.parametrize("depth", [1, 2])
@@ -50,6 +50,7 @@ class Harness:
         self.start_order: list[int] = []
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.pooled: dict[int, Floats] = {}
 
     def add(self, *submits: Submit) -> None:
         for each in submits:
@@ -99,6 +100,9 @@ class Harness:
             self.logprobs.setdefault(request_id, []).append(entry)
         for request_id, entries in (output.prompt_logprobs or {}).items():
             self.prompt_logprobs.setdefault(request_id, []).extend(entries)
+        for request_id, sums in (output.pooled or {}).items():
+            assert request_id not in self.finished, "sums after the end"
+            self.pooled[request_id] = self.pooled.get(request_id, 0) + sums
         for request_id, finished in output.finished.items():
             assert request_id not in self.finished, "finished twice"
             self.finished[request_id] = finished

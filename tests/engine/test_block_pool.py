@@ -1,4 +1,6 @@
 import random
+from array import array
+from collections.abc import Iterable
 
 import pytest
 
@@ -11,19 +13,23 @@ def pool_of(num_blocks: int, prefix_cache: bool = True) -> BlockPool:
     return BlockPool(num_blocks + 1, SIZE, prefix_cache)
 
 
+def ids(tokens: Iterable[int]) -> "array[int]":
+    return array("I", tokens)
+
+
 def store(pool: BlockPool, tokens: list[int], salt: str = "") -> list[Block]:
     """Hold the blocks of a sequence whose tokens are all computed."""
-    blocks = pool.match_prefix(tokens, salt, len(tokens))
+    blocks = pool.match_prefix(ids(tokens), salt, len(tokens))
     pool.acquire(blocks)
     parent = blocks[-1].uid if blocks else salt
     num_cached = len(blocks)
     blocks = blocks + pool.allocate(-(-len(tokens) // SIZE) - num_cached)
-    pool.cache_full_blocks(tokens, blocks, num_cached, len(tokens) // SIZE, parent)
+    pool.cache_full_blocks(ids(tokens), blocks, num_cached, len(tokens) // SIZE, parent)
     return blocks
 
 
 def num_found(pool: BlockPool, tokens: list[int], salt: str = "") -> int:
-    return len(pool.match_prefix(tokens, salt, len(tokens)))
+    return len(pool.match_prefix(ids(tokens), salt, len(tokens)))
 
 
 def test_the_null_block_is_never_handed_out() -> None:
@@ -69,9 +75,9 @@ def test_a_match_holds_no_more_tokens_than_asked() -> None:
     pool = pool_of(4)
     tokens = list(range(8))
     store(pool, tokens)
-    assert len(pool.match_prefix(tokens, "", 7)) == 1  # the last token must be computed
-    assert len(pool.match_prefix(tokens, "", 3)) == 0
-    assert len(pool.match_prefix(tokens, "", 0)) == 0
+    assert len(pool.match_prefix(ids(tokens), "", 7)) == 1  # the last token must be computed
+    assert len(pool.match_prefix(ids(tokens), "", 3)) == 0
+    assert len(pool.match_prefix(ids(tokens), "", 0)) == 0
 
 
 def test_equal_blocks_behind_different_beginnings_are_different() -> None:
@@ -139,12 +145,12 @@ def test_a_block_computed_twice_at_once_is_kept_by_both_and_found_once() -> None
     pool = pool_of(8)
     tokens = list(range(8))
     first, second = pool.allocate(2), pool.allocate(3)
-    pool.cache_full_blocks(tokens, first, 0, 2, "")
-    parent = pool.cache_full_blocks(tokens, second, 0, 2, "")
-    assert pool.match_prefix(tokens, "", 8) == first
+    pool.cache_full_blocks(ids(tokens), first, 0, 2, "")
+    parent = pool.cache_full_blocks(ids(tokens), second, 0, 2, "")
+    assert pool.match_prefix(ids(tokens), "", 8) == first
     # The second one's next block hangs on the chain that can be found.
-    pool.cache_full_blocks([*tokens, 8, 8, 8, 8], second, 2, 3, parent)
-    assert pool.match_prefix([*tokens, 8, 8, 8, 8], "", 12) == [*first, second[2]]
+    pool.cache_full_blocks(ids([*tokens, 8, 8, 8, 8]), second, 2, 3, parent)
+    assert pool.match_prefix(ids([*tokens, 8, 8, 8, 8]), "", 12) == [*first, second[2]]
     pool.check([first, second])
 
 
@@ -152,13 +158,13 @@ def test_a_child_whose_head_was_evicted_is_never_found_and_ages_out() -> None:
     pool = pool_of(6)
     head, tail = list(range(4)), list(range(4, 8))
     first, second = pool.allocate(1), pool.allocate(2)
-    pool.cache_full_blocks(head, first, 0, 1, "")
-    parent = pool.cache_full_blocks(head, second, 0, 1, "")  # a private copy
-    pool.cache_full_blocks(head + tail, second, 1, 2, parent)
+    pool.cache_full_blocks(ids(head), first, 0, 1, "")
+    parent = pool.cache_full_blocks(ids(head), second, 0, 1, "")  # a private copy
+    pool.cache_full_blocks(ids(head + tail), second, 1, 2, parent)
     pool.free(first)
     others = pool.allocate(4)  # evicts the head that is found; its child is still held
     assert num_found(pool, head + tail) == 0
-    pool.cache_full_blocks(head, others, 0, 1, "")  # the head comes back, under a new uid
+    pool.cache_full_blocks(ids(head), others, 0, 1, "")  # the head comes back, under a new uid
     assert num_found(pool, head + tail) == 1
     pool.check([others, second])
     pool.free(second)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncllm.types import FinishReason, SamplingParams, Submit
+from asyncllm.types import FinishReason, Pooling, SamplingParams, Submit
 from tests.engine.harness import Harness, expected_tokens, submit
-from tests.fakes import greedy
+from tests.fakes import expected_sums, greedy
 
 VOCAB = 97
 
@@ -41,10 +41,13 @@ def random_submit(rng: random.Random, request_id: int, machine: Harness) -> Subm
     capacity = machine.executor.capacity
     longest = min(capacity.max_context_length, capacity.num_kv_tokens - 1)
     prompt = random_prompt(rng, longest)
+    pooling = rng.choice([None, None, None, None, Pooling.LAST, Pooling.MEAN])
+    params = random_params(rng, capacity.max_context_length, len(prompt))
     return submit(
         request_id,
         prompt,
-        random_params(rng, capacity.max_context_length, len(prompt)),
+        params if pooling is None else greedy(0, prompt_logprobs=params.prompt_logprobs),
+        pooling=pooling,
         arrival_s=float(rng.randrange(20)),
         priority=rng.choice([0, 0, 0, 1, -1]),
         cache_salt=rng.choice(["", "", "salt"]),
@@ -82,6 +85,11 @@ def assert_as_if_alone(machine: Harness, request: Submit, aborted: bool) -> None
         assert [entry.token_id for entry in machine.logprobs[request.request_id]] == expected
     if request.params.prompt_logprobs is not None and len(prompt) > 1:
         assert [entry.token_id for entry in machine.prompt_logprobs[request.request_id]] == prompt[1:]
+    if request.pooling is not None:
+        sums = expected_sums(prompt, request.pooling, capacity.hidden_size)
+        assert machine.pooled[request.request_id].tolist() == sums
+    else:
+        assert request.request_id not in machine.pooled
 
 
 def play(seed: int, num_requests: int) -> Harness:
@@ -122,7 +130,7 @@ def test_a_long_day_of_traffic_leaves_an_empty_machine(seed: int) -> None:
 
 
 def test_random_traffic_reaches_preemption_and_prefix_hits() -> None:
-    machines = [play(seed, num_requests=40) for seed in range(100, 112)]
+    machines = [play(seed, num_requests=40) for seed in range(100, 124)]
     assert sum(machine.scheduler.stats().num_preemptions for machine in machines) > 20
     assert sum(machine.scheduler.stats().prefix_hit_tokens for machine in machines) > 100
 

@@ -112,7 +112,7 @@ def test_the_newest_of_the_lowest_priority_is_preempted_and_gives_the_same_token
     )
     machine.run()
     assert machine.scheduler.stats().num_preemptions > 0
-    preempted = [plan.new_slots[i].token_ids[:7] for plan in machine.executor.plans for i in range(len(plan.new_slots))]
+    preempted = [list(init.token_ids[:7]) for plan in machine.executor.plans for init in plan.new_slots]
     assert preempted.count(prompt(7, start=2)) == 1  # the most urgent never was
     assert list(machine.finished) == [2, 1, 3]
     for request_id in (1, 2, 3):

@@ -13,7 +13,7 @@ from tests.executor.tiny_model import TINY, Driver, Sequence
 class TinyCheckpoint:
     """Two random llama layers under their checkpoint names."""
 
-    name = "tiny"
+    name = source = "tiny"
     text = TextFacts()
     num_bytes = 0
     architecture = msgspec.structs.replace(TINY, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32)

@@ -55,14 +55,16 @@ class Model(NamedTuple):
     head_dim: int
     hidden_size: int
     intermediate_size: int
-    has_head_norms: bool
+    head_norms: torch.dtype | None = None
+    norms: torch.dtype = BF16
 
 
 MODELS = (
-    Model("Qwen3-0.6B", 16, 8, 128, 1024, 3072, True),
-    Model("Llama-3.2-1B", 32, 8, 64, 2048, 8192, False),
-    Model("Llama-3.1-8B", 32, 8, 128, 4096, 14336, False),
-    Model("SmolLM2-135M", 9, 3, 64, 576, 1536, False),
+    Model("Qwen3-0.6B", 16, 8, 128, 1024, 3072, head_norms=BF16),
+    Model("Llama-3.2-1B", 32, 8, 64, 2048, 8192),
+    Model("Llama-3.1-8B", 32, 8, 128, 4096, 14336),
+    Model("SmolLM2-135M", 9, 3, 64, 576, 1536),
+    Model("Gemma-3-4B", 8, 4, 256, 2560, 10240, head_norms=FP32, norms=FP32),
 )
 
 
@@ -81,10 +83,15 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _store(
-    heads: tuple[int, int, int], dtype: torch.dtype, num_tokens: int, has_norm: bool, num_blocks: int, pdl: bool
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    num_tokens: int,
+    norm_dtype: torch.dtype | None,
+    num_blocks: int,
+    pdl: bool,
 ) -> None:
     num_heads, num_kv_heads, head_dim = heads
-    weight = empty(head_dim, dtype=dtype) if has_norm else None
+    weight = None if norm_dtype is None else empty(head_dim, dtype=norm_dtype)
     qkv = empty(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     kv_cache = empty(2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype)
     table = empty(4096, head_dim, dtype=FP32)
@@ -96,17 +103,17 @@ def _store(
 def store_cases() -> Iterator[Case]:
     """Every head dim with and without head norms; every model; far values."""
     for head_dim, dtype, norm, tokens in product(HEAD_DIMS, HALF_DTYPES, (False, True), (FEW, MANY)):
-        run = partial(_store, (16, 8, head_dim), dtype, tokens, norm, NUM_BLOCKS)
+        run = partial(_store, (16, 8, head_dim), dtype, tokens, dtype if norm else None, NUM_BLOCKS)
         yield Case(f"store D={head_dim} {_name(dtype)} norm={norm} N={tokens}", run)
     for head_dim, tokens in product((64, 128), (FEW, MANY)):
-        yield Case(f"store D={head_dim} float32 N={tokens}", partial(_store, (16, 8, head_dim), FP32, tokens, True, 64))
+        yield Case(f"store D={head_dim} float32 N={tokens}", partial(_store, (16, 8, head_dim), FP32, tokens, FP32, 64))
     for model, tokens in product(MODELS, (FEW, MANY)):
-        run = partial(_store, model[1:4], BF16, tokens, model.has_head_norms, MANY_BLOCKS)
+        run = partial(_store, model[1:4], BF16, tokens, model.head_norms, MANY_BLOCKS)
         yield Case(f"store {model.name} N={tokens} far values", run)
 
 
-def _norms(num_features: int, dtype: torch.dtype, pdl: bool) -> None:
-    x, weight = empty(MANY, num_features, dtype=dtype), empty(num_features, dtype=dtype)
+def _norms(num_features: int, dtype: torch.dtype, weight_dtype: torch.dtype, pdl: bool) -> None:
+    x, weight = empty(MANY, num_features, dtype=dtype), empty(num_features, dtype=weight_dtype)
     rms_norm(x, weight, 1e-6, pdl=pdl)
     add_rms_norm(x, empty(MANY, num_features, dtype=dtype), weight, 1e-6, pdl=pdl)
 
@@ -120,12 +127,12 @@ def _activations(num_features: int, dtype: torch.dtype, num_rows: int, pdl: bool
 def layer_cases() -> Iterator[Case]:
     """Norms and activations of every model, and the widest rows."""
     for model in MODELS:
-        yield Case(f"norm {model.name}", partial(_norms, model.hidden_size, BF16))
+        yield Case(f"norm {model.name}", partial(_norms, model.hidden_size, BF16, model.norms))
         for rows in (FEW, MANY):
             run = partial(_activations, model.intermediate_size, BF16, rows)
             yield Case(f"activation {model.name} N={rows}", run)
     for width, dtype in product((960, 16384), (*HALF_DTYPES, FP32)):
-        yield Case(f"norm F={width} {_name(dtype)}", partial(_norms, width, dtype))
+        yield Case(f"norm F={width} {_name(dtype)}", partial(_norms, width, dtype, dtype))
         yield Case(f"activation F={width} {_name(dtype)}", partial(_activations, width, dtype, MANY))
 
 

@@ -7,7 +7,7 @@ from asyncllm.router.chat_template import ChatTemplate
 from asyncllm.router.router import Router
 from asyncllm.router.stream import ChoiceInput, RequestStream
 from asyncllm.router.tokenizer import Tokenizer
-from asyncllm.types import SamplingParams
+from asyncllm.types import Pooling, SamplingParams
 from tests.fakes_text import RecordingMetrics, ScriptedEngine, byte_text, byte_tokenizer
 
 
@@ -65,6 +65,7 @@ def choice(
     include_stop: bool = False,
     skip_special_tokens: bool = True,
     prompt_index: int = 0,
+    pooling: Pooling | None = None,
     **params: object,
 ) -> ChoiceInput:
     return ChoiceInput(
@@ -74,4 +75,5 @@ def choice(
         include_stop=include_stop,
         skip_special_tokens=skip_special_tokens,
         prompt_index=prompt_index,
+        pooling=pooling,
     )

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from asyncllm.errors import ContextLengthExceeded, InvalidRequest, StartupError
-from asyncllm.router.chat_template import ChatTemplate
+from asyncllm.router.chat_template import ChatTemplate, RenderingTakesLong
 from asyncllm.router.special_text import NONCHARACTERS
 from asyncllm.router.tokenizer import ContextLimit, Tokenizer
 from asyncllm.weights.base import TextFacts
@@ -126,8 +126,8 @@ def test_data_the_template_cannot_handle_is_the_clients_mistake() -> None:
         make("{{ 1 + messages[0].content }}").render(user("Hi"))
 
 
-def test_model_without_a_template_says_so() -> None:
-    with pytest.raises(InvalidRequest, match="no chat template"):
+def test_model_without_a_template_says_so_and_names_the_setting() -> None:
+    with pytest.raises(InvalidRequest, match=r"no chat template: use completions, or .* model\.chat_template"):
         make(None).encode(user("Hi"))
 
 
@@ -147,10 +147,47 @@ def test_template_runs_in_a_sandbox(expression: str) -> None:
         make("{{ " + expression + " }}").render(user("Hi"))
 
 
-def test_endless_output_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncllm.router.chat_template.MAX_RENDERED_CHARS", 1000)
-    with pytest.raises(InvalidRequest, match="too long to render"):
-        make("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}").render(user("Hi"))
+def test_a_file_nested_too_deeply_stops_the_start() -> None:
+    with pytest.raises(StartupError, match="chat template: the chat template is nested too deeply"):
+        make("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}")
+
+
+def test_documents_reach_the_template() -> None:
+    documents = [{"title": "a"}, {"title": "<|end|>"}]
+    template = make("{% for d in documents or [] %}{{ d.title }},{% endfor %}")
+    assert template.render(user("Hi"), template_kwargs={"documents": documents}) == "a,<|end|>,"
+    assert template.render(user("Hi")) == ""
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+
+
+def test_endless_template_is_stopped_and_the_operator_hears_of_it_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("asyncllm.router.template_sandbox.BUDGET_CHARS", 100_000)
+    template = make(LOOP)
+    for _ in range(3):
+        with pytest.raises(InvalidRequest, match=r"^The chat template was stopped: it does more than any prompt"):
+            template.render(user("Hi"))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_template_that_takes_its_time_is_told_from_one_that_fails() -> None:
+    with pytest.raises(RenderingTakesLong, match="it runs for more than 0 s") as caught:
+        make(LOOP).encode(user("Hi"), limit_s=0.0)
+    assert caught.value.status == 400
+
+
+def test_unsafe_template_is_stopped_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InvalidRequest, match=r"^The chat template was stopped: access to attribute '__class__'"):
+        make("{{ messages[0].content.__class__.__mro__ }}").render(user("Hi"))
+    assert "the chat template was stopped: access to attribute '__class__'" in caplog.text
+
+
+def test_template_that_calls_itself_is_stopped_in_one_line() -> None:
+    with pytest.raises(InvalidRequest, match="it calls itself too deeply"):
+        make("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").render(user("Hi"))
 
 
 def test_conversation_longer_than_the_context_is_refused() -> None:

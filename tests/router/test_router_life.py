@@ -33,7 +33,10 @@ async def test_readiness_brings_capacity_and_facts() -> None:
     assert (bench.router.state, waiting.done()) == ("starting", False)
     bench.engine.push(EngineReady(CAPACITY, {"device": "cpu"}))
     await waiting
-    assert (bench.router.state, bench.router.facts) == ("ready", {"device": "cpu"})
+    assert (bench.router.state, bench.router.facts) == (
+        "ready",
+        {"device": "cpu", "sampling defaults": "neutral"},
+    )
     assert bench.router.accepting() is CAPACITY
 
 
@@ -120,8 +123,9 @@ async def test_too_many_requests_at_the_tokenizer_are_refused() -> None:
     await asyncio.sleep(0)
     with pytest.raises(Overloaded, match="to be tokenized"):
         await bench.router.encode_prompts(["b"], num_bytes=LONG)
-    assert await bench.router.encode_prompts(["c"], num_bytes=1) == [[99]], "a short one needs no thread"
-    assert await first == [[97]]
+    [short] = await bench.router.encode_prompts(["c"], num_bytes=1)
+    assert list(short) == [99], "a short one needs no thread"
+    assert list(map(list, await first)) == [[97]]
 
 
 # --- text in ---------------------------------------------------------------------------------------------------------
@@ -130,7 +134,8 @@ async def test_too_many_requests_at_the_tokenizer_are_refused() -> None:
 @pytest.mark.parametrize("num_bytes", [1, LONG])
 async def test_prompts_are_tokenized_and_ids_pass_through(bench: Bench, num_bytes: int) -> None:
     prompts = ["a<|end|>", [1, 2], "b"]
-    assert await bench.router.encode_prompts(prompts, num_bytes=num_bytes) == [[97, END], [1, 2], [98]]
+    encoded = await bench.router.encode_prompts(prompts, num_bytes=num_bytes)
+    assert list(map(list, encoded)) == [[97, END], [1, 2], [98]]
     with pytest.raises(ContextLengthExceeded) as caught:
         await bench.router.encode_prompts(["a" * 30_000], num_bytes=num_bytes)
     assert caught.value.param == "prompt"
@@ -139,7 +144,7 @@ async def test_prompts_are_tokenized_and_ids_pass_through(bench: Bench, num_byte
 @pytest.mark.parametrize("num_bytes", [1, LONG])
 async def test_conversations_are_rendered_and_tokenized(bench: Bench, num_bytes: int) -> None:
     token_ids = await bench.router.render_chat([{"role": "user", "content": "<|end|>"}], num_bytes=num_bytes)
-    assert token_ids == [START, *b"user\n<|end|>", END, 10, START, *b"assistant\n"]
+    assert list(token_ids) == [START, *b"user\n<|end|>", END, 10, START, *b"assistant\n"]
     with pytest.raises(InvalidRequest):
         await bench.router.render_chat(
             [{"role": "user", "content": "x"}], template_kwargs={"bos_token": "y"}, num_bytes=num_bytes

@@ -19,6 +19,11 @@ from asyncllm.executor.host import cpu_has_bfloat16
 from asyncllm.executor.torch_executor import TorchExecutor
 from asyncllm.router.constraint import Grammar, all_but
 from asyncllm.router.grammar import Grammars, GrammarSpec
+from asyncllm.router.output.markers import ModelMarkers
+from asyncllm.router.output.parser import OutputParser
+from asyncllm.router.output.parts import PartKind
+from asyncllm.router.output.qwen3_coder import Qwen3Coder
+from asyncllm.router.output.tools import ToolChoice, check_tools
 from asyncllm.router.thinking import ThinkingBudget
 from asyncllm.router.tokenizer import Tokenizer
 from asyncllm.types import Capacity, Constraint, FinishReason, SamplingParams, Submit
@@ -140,10 +145,24 @@ SCHEMAS: dict[str, Any] = {
     "anything": {},
     "text": {"type": "string", "maxLength": 60},
 }
+CALLED = record(word=short(6, minLength=1), many={"enum": [True, None]})
+TOOL = check_tools([{"type": "function", "function": {"name": "f", "parameters": CALLED}}])
+
+
+def is_call(text: str) -> bool:
+    """Whether Qwen3-Coder's parser finds one whole call that obeys."""
+    parser = OutputParser(Qwen3Coder(ModelMarkers()), None, False, TOOL)
+    parts = parser.push(text) + parser.finish()
+    arguments = "".join(part.text for part in parts if part.kind is PartKind.CALL_ARGUMENTS)
+    return parser.has_calls and Draft202012Validator(CALLED).is_valid(json.loads(arguments))
+
+
+FORCED = Qwen3Coder(ModelMarkers()).grammar(TOOL, ToolChoice("required", ("f",), is_named=True))
 OTHERS: dict[str, tuple[GrammarSpec, Callable[[str], bool]]] = {
     "json_object": (GrammarSpec("json_object"), lambda text: isinstance(json.loads(text), dict)),
     "regex": (GrammarSpec("regex", "[a-z]{3,8}( [a-z]{3,8}){2}"), re.compile("[a-z]{3,8}( [a-z]{3,8}){2}").fullmatch),  # type: ignore[dict-item]
     "choice": (GrammarSpec("choice", '["yes", "no, never"]'), lambda text: text in ("yes", "no, never")),
+    "call": (GrammarSpec("lark", FORCED), is_call),
     "lark": (GrammarSpec("lark", 'start: "(" /[0-9]/+ ")"'), re.compile("\\([0-9]+\\)").fullmatch),  # type: ignore[dict-item]
 }
 

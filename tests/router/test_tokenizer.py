@@ -46,9 +46,10 @@ def test_truncation_and_padding_of_the_file_are_ignored() -> None:
 
 @pytest.mark.parametrize("encode", [Tokenizer.encode_prompts, Tokenizer.encode_texts])
 def test_lone_surrogate_is_the_clients_mistake(encode) -> None:
-    with pytest.raises(InvalidRequest, match=r"U\+D83D at character 3") as caught:
-        encode(make(), ["abc\ud83d"])
-    assert caught.value.code == "invalid_value"
+    for start in ("abc", "é" * 70_000):
+        with pytest.raises(InvalidRequest, match=rf"U\+D83D at character {len(start)}\.") as caught:
+            encode(make(), [start + "\ud83d"])
+        assert caught.value.code == "invalid_value"
 
 
 def test_text_that_cannot_fit_is_refused_without_tokenizing() -> None:

@@ -191,6 +191,7 @@ async def running(
     wait_ready: bool = True,
     make_executor: Callable[[Callable[[str], None]], Any] | None = None,
     facts: TextFacts = FACTS,
+    backend: tokenizers.Tokenizer | None = None,
     **tables: dict[str, Any],
 ) -> AsyncIterator[Server]:
     """A server on a free port of the loopback."""
@@ -201,7 +202,7 @@ async def running(
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     base = f"http://127.0.0.1:{runner.addresses[0][1]}"
     executor = FakeExecutor(capacity, depth, next_token, gate=gate, fail_launch_at=fail_launch_at)
-    tokenizer = Tokenizer(byte_tokenizer(), facts)
+    tokenizer = Tokenizer(backend or byte_tokenizer(), facts)
     engine = Engine(make_executor or (lambda report: executor), settings.scheduler, settings.cache, debug=True)
     router = Router(
         engine, tokenizer, ChatTemplate(facts, tokenizer), settings, serving.metrics, serving.startup.phases

@@ -2,7 +2,11 @@
 
 import pytest
 
-from tests.server.harness import END, check_error, ids, running, says
+from asyncllm.router.tokenizer import Tokenizer
+from asyncllm.server.logprobs import TokenText, append_completion_logprobs
+from asyncllm.server.replies import CompletionLogprobs
+from asyncllm.types import TokenLogprobs
+from tests.server.harness import END, FACTS, byte_tokenizer, check_error, ids, running, says
 
 
 async def test_a_prompt_is_continued() -> None:
@@ -25,6 +29,7 @@ async def test_a_prompt_is_continued() -> None:
             "completion_tokens": 5,
             "total_tokens": 9,
             "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
 
@@ -99,6 +104,15 @@ async def test_logprobs_have_a_column_per_token_with_its_place_in_the_text() -> 
         assert columns["text_offset"] == [0, 1, 2, 3, 4]
         assert len(columns["token_logprobs"]) == len(columns["top_logprobs"]) == 5
         assert "d" in columns["top_logprobs"][3]
+
+
+def test_alternatives_that_look_alike_are_one_as_probable_as_the_best_of_them() -> None:
+    first, second = ids("é")
+    entry = TokenLogprobs(second, -3.0, 3, [first, *ids("a")], [-0.5, -1.0])
+    columns = CompletionLogprobs()
+    append_completion_logprobs(columns, [entry], TokenText(Tokenizer(byte_tokenizer(), FACTS)), 0)
+    assert columns.tokens == ["\ufffd"] and columns.token_logprobs == [-3.0]
+    assert columns.top_logprobs == [{"\ufffd": -0.5, "a": -1.0}]
 
 
 async def test_prompt_logprobs_come_in_vllms_shape() -> None:

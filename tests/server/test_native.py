@@ -11,7 +11,19 @@ from asyncllm.server.native import MAX_METADATA_BYTES
 from asyncllm.server.native_wire import DEFAULT_MAX_TOKENS
 from asyncllm.types import Capacity
 from tests.fakes import FakeExecutor
-from tests.server.harness import BACKEND, CAPACITY, Server, check_error, ids, running, says
+from tests.server.harness import (
+    BACKEND,
+    CAPACITY,
+    FACTS,
+    Server,
+    check_error,
+    ids,
+    running,
+    says,
+    speaks,
+    with_facts,
+)
+from tests.server.test_tools import THINKS
 
 TURNS = [{"role": "user", "content": "hi"}]
 ONE_SLOT = Capacity(257, 4, 1, 512, CAPACITY.vocab_size)
@@ -249,6 +261,32 @@ async def test_a_conversation_gets_its_next_turn() -> None:
         assert answer["tokens_generated"] == len("hello there") + 1, "the end is a token, too"
         assert answer["generation_time"] > 0 and answer["tokens_per_second"] > 0 and answer["timings"]
         assert answer["metadata"] == {"a": 1, "model_name": "fake", "backend": "torch"}
+
+
+async def test_what_the_model_thinks_is_told_from_its_turn() -> None:
+    model = speaks("Hm.\n</think>\n\nYes.", behind="<think>\n")
+    async with running(model, facts=with_facts(FACTS, chat_template=THINKS)) as server:
+        whole = await generate(server, "/chat", messages=TURNS)
+        events = await events_of(server, "/chat", messages=TURNS, stream=True)
+    assert whole["message"] == {"role": "assistant", "content": "Yes.", "reasoning": "Hm."}
+    assert "".join(event.get("reasoning", "") for event in events) == "Hm."
+    assert "".join(event["text"] for event in events) == "Yes."
+    assert events[-1]["finish_reason"] == whole["finish_reason"] == "stop" and events[-1]["final"] is True
+    assert events[-1]["tokens_generated"] == whole["tokens_generated"]
+    assert not any("final" in event for event in events[:-1])
+
+
+async def test_calls_in_a_conversation_reach_the_template_as_in_every_api() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
+    turns = [*TURNS, {"role": "assistant", "content": None, "tool_calls": [call]},
+             {"role": "tool", "tool_call_id": "call_1", "content": "seen"}]  # fmt: skip
+    async with running() as server:
+        counted = (await server.post("/tokenize", {"messages": turns}))[1]["tokens"]
+        await generate(server, "/chat", messages=turns, max_tokens=1)
+        [seen] = [
+            list(new.token_ids[: new.num_prompt_tokens]) for plan in server.executor.plans for new in plan.new_slots
+        ]
+    assert seen == counted and '{"at": "it"}' in BACKEND.decode(seen)
 
 
 async def test_special_looking_text_in_a_message_stays_text() -> None:

@@ -17,7 +17,9 @@ from tests.server.harness import VOCAB_SIZE, Server, check_error, running
 
 DOCUMENT = openapi.document(ROUTES)
 # Tools are told in words, and a token is a byte here.
-ROOM = small_capacity(num_blocks=1025, block_size=4, max_sequences=8, max_context_length=2048, vocab_size=VOCAB_SIZE)
+ROOM = small_capacity(
+    num_blocks=1025, block_size=4, max_sequences=8, max_context_length=2048, vocab_size=VOCAB_SIZE, hidden_size=64
+)
 GENERATED = [route for route in ROUTES if route.body is not None and route.path != "/abort"]
 
 

@@ -3,10 +3,23 @@
 import threading
 from typing import Any
 
+import msgspec
 import pytest
 
 from asyncllm.server import tokens
-from tests.server.harness import BACKEND, END, FACTS, VOCAB_SIZE, Server, check_error, ids, running, with_facts
+from tests.server.harness import (
+    BACKEND,
+    CAPACITY,
+    END,
+    FACTS,
+    TEMPLATE,
+    VOCAB_SIZE,
+    Server,
+    check_error,
+    ids,
+    running,
+    with_facts,
+)
 
 USER, ASSISTANT, SYSTEM = (BACKEND.token_to_id(f"<|{role}|>") for role in ("user", "assistant", "system"))
 TURNS = [{"role": "user", "content": "hi"}]
@@ -140,7 +153,10 @@ async def test_a_conversation_is_told_as_the_template_writes_it() -> None:
 
 
 async def test_templates_see_their_variables_and_tools() -> None:
-    template = "{{ mood }}|{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}{{ messages[0].content }}"
+    template = (
+        "{{ mood }}|{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}{{ messages[0].content }}"
+        "{# <tool_call> #}"
+    )
     async with running(facts=with_facts(FACTS, chat_template=template)) as server:
         body = {
             "messages": [{"role": "user", "content": "x" * 3000}],
@@ -150,6 +166,52 @@ async def test_templates_see_their_variables_and_tools() -> None:
         text = "calm|look;" + "x" * 3000
         assert await ask(server, "/apply-template", **body) == {"prompt": text}
         assert (await ask(server, "/tokenize", **body))["tokens"] == ids(text)
+
+
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("look", "jump")]
+CALLED = [
+    *TURNS,
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call_0123456789", "type": "function", "function": {"name": "look", "arguments": "{}"}}],
+    },
+    {"role": "tool", "tool_call_id": "call_0123456789", "content": "nothing"},
+]
+MISTRAL = (
+    "{% for message in messages %}{{ message.role + '|' + message.content }}{% for call in message.tool_calls or [] %}"
+    "{{ call.id + (call.function.arguments | tojson) }}{% endfor %}{{ message.tool_call_id }}{% endfor %}"
+    "{{ tools | tojson }}{{ '<|assistant|>' }}{# [TOOL_CALLS] #}"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MISTRAL], ids=["knows no tools", "mistral"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": TURNS},
+        {"messages": CALLED},
+        {"messages": CALLED, "tools": TOOLS},
+        {"messages": TURNS, "tools": TOOLS, "tool_choice": "none"},
+        {"messages": TURNS, "tools": TOOLS, "tool_choice": "required"},
+        {"messages": TURNS, "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "look"}}},
+    ],
+)
+async def test_what_is_told_is_what_generation_sees(template: str, body: dict) -> None:
+    room = msgspec.structs.replace(CAPACITY, num_blocks=1025, max_context_length=4096)
+    async with running(facts=with_facts(FACTS, chat_template=template), capacity=room) as server:
+        counted = (await ask(server, "/tokenize", **body))["tokens"]
+        shown = (await ask(server, "/apply-template", **body))["prompt"]
+        usage = (await ask(server, "/v1/chat/completions", **body, max_tokens=1))["usage"]
+        seen = [
+            list(new.token_ids[: new.num_prompt_tokens]) for plan in server.executor.plans for new in plan.new_slots
+        ]
+        assert seen == [counted] and usage["prompt_tokens"] == len(counted)
+        assert BACKEND.encode(shown).ids == counted
+    if "tools" in body:
+        is_shown = [tool["function"]["name"] in shown for tool in TOOLS]
+        assert is_shown == [body.get("tool_choice") != "none", body.get("tool_choice") in (None, "required")]
+    assert "call_0123456789" not in shown, "ids are cut to what Mistral's templates take, and not part of the fallback"
 
 
 async def test_a_model_without_a_template_says_so() -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -10,7 +10,18 @@ import openai
 import pytest
 
 from tests.fakes import small_capacity
-from tests.server.harness import FACTS, TEMPLATE, VOCAB_SIZE, Server, check_error, running, speaks
+from tests.server.harness import (
+    END,
+    FACTS,
+    TEMPLATE,
+    VOCAB_SIZE,
+    Server,
+    byte_tokenizer,
+    check_error,
+    ids,
+    running,
+    speaks,
+)
 
 WEATHER = {
     "type": "function",
@@ -147,6 +158,81 @@ async def test_thinking_is_told_from_the_answer(streamed: bool) -> None:
     assert (found["content"], found["reasoning"]) == ("Yes.", "Well...")
     assert found["reasoning_content"] == found["reasoning"]
     assert "reasoning" not in hidden["choices"][0]["message"]
+
+
+STRICT = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 7}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("thinks", [False, True])
+async def test_calls_of_strict_functions_obey_their_schemas_and_text_is_free(streamed: bool, thinks: bool) -> None:
+    wrong = 'I {"see"} <t. <tool_call>\n{"name": "weather", "arguments": {"town": "Oslo", "days": 99}}\n</tool_call>'
+    template = THINKS.replace("{# </think> #}", "{# </think> <tool_call> #}") if thinks else HERMES
+    thoughts, behind = ("I want <tool_call>{}</tool_call>.\n</think>\n", "<think>\n") if thinks else ("", "")
+    async with (
+        running(speaks(thoughts + wrong, behind=behind), facts=facts(template), capacity=LARGE) as server,
+        client_of(server) as client,
+    ):
+        choice = await answer(client, streamed, tools=[STRICT, TIME], max_tokens=200)
+        loose = await answer(client, streamed, max_tokens=200)
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "weather" and choice.message.content.startswith('I {"see"} <t.')
+    arguments = json.loads(call.function.arguments)
+    assert arguments["city"] == "Rome" and 1 <= arguments["days"] <= 7 and len(arguments) == 2
+    assert json.loads(loose.message.tool_calls[0].function.arguments) == {"town": "Oslo", "days": 99}
+
+
+async def test_a_strict_function_whose_schema_cannot_be_obeyed_is_refused() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "color"}}}
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
+    async with running(speaks("ok"), facts=facts(HERMES)) as server:
+        status, body = await server.post("/v1/chat/completions", {"messages": MESSAGES, "tools": [tool]})
+        loose = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        free, _ = await server.post("/v1/chat/completions", {"messages": MESSAGES, "tools": [loose]})
+    assert check_error(status, body, 400)["param"] == "tools"
+    assert free == 200
+
+
+@pytest.mark.parametrize("with_tools", [False, True])
+async def test_where_tools_may_answer_next_the_turn_ends(with_tools: bool) -> None:
+    backend = byte_tokenizer()
+    backend.add_special_tokens(["<start_function_response>"])
+    call, response = "<start_function_call>call:time{}<end_function_call>", "response:time{}"
+    written = [*ids(call), VOCAB_SIZE, *ids(response), END]
+    assistant = backend.token_to_id("<|assistant|>")
+
+    def next_token(tokens: Sequence[int]) -> int:
+        return written[len(tokens) - 1 - max(i for i, token in enumerate(tokens) if token == assistant)]
+
+    served = running(
+        next_token,
+        facts=facts(HERMES + "{# <start_function_call> #}"),
+        capacity=msgspec.structs.replace(LARGE, vocab_size=VOCAB_SIZE + 1),
+        backend=backend,
+    )
+    async with served as server:
+        tools = {"tools": [TIME]} if with_tools else {}
+        status, body = await server.post("/v1/chat/completions", {"messages": MESSAGES} | tools)
+    assert status == 200
+    (choice,) = body["choices"]
+    assert choice["stop_reason"] is None
+    if with_tools:
+        assert choice["finish_reason"] == "tool_calls" and not choice["message"]["content"]
+        assert body["usage"]["completion_tokens"] == len(call) + 1
+    else:
+        assert choice["message"]["content"] == call + response
 
 
 @pytest.mark.parametrize(

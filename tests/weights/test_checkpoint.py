@@ -43,7 +43,9 @@ def test_nothing_there_is_said_in_one_line(tmp_path: Path) -> None:
     assert "no such file, directory or model" in refusal(str(tmp_path / "gone.gguf"))
     assert "neither config.json" in refusal(str(tmp_path))
     (tmp_path / "model.bin").touch()
-    assert "must be .gguf" in refusal(str(tmp_path / "model.bin"))
+    assert f"{tmp_path}/model.bin: pickled weights can run any code" in refusal(str(tmp_path / "model.bin"))
+    (tmp_path / "model.onnx").touch()
+    assert "must be .gguf" in refusal(str(tmp_path / "model.onnx"))
 
 
 def test_a_missing_embedded_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,4 +113,4 @@ def test_a_gguf_file_is_refused_with_what_would_work(tmp_path: Path) -> None:
     assert "is a GGUF file, and model.load_format = dummy needs a directory" in refusal(str(tmp_path / "a.gguf"))
     assert "is a GGUF file" in refusal("smollm2-135m-instruct")
     assert "config.json" in refusal(str(tmp_path))
-    assert "no such directory or model" in refusal("no-such-model")
+    assert "no such file, directory or model" in refusal("no-such-model")

@@ -1,6 +1,7 @@
 """GGUF files: written by gguf's own writer, read by ours."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy
@@ -16,6 +17,7 @@ from asyncllm.weights.checkpoint import open_checkpoint
 from asyncllm.weights.gguf_header import read_header
 from asyncllm.weights.loader import load_model
 from tests.models.paged import PagedRunner
+from tests.weights.converted import write_converted
 from tests.weights.tiny import llama, save_gguf
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # rows of whole quantization blocks
@@ -120,8 +122,8 @@ def test_one_wrong_byte_in_the_header_is_a_startup_error_or_harmless(small_file:
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, ["yarn"]),
-        ({"llama.rope.dimension_count": 4}, ["rope over 4 of 12"]),
+        ({"llama.rope.scaling.type": "spiral"}, ["rope scaling spiral"]),
+        ({"llama.rope.dimension_count": 14}, ["rope over 14 of 12"]),
         ({"tokenizer.ggml.pre": "tekken"}, ["tekken", "smollm"]),
         ({"tokenizer.ggml.bos_token_id": 999}, ["bos_token_id = 999"]),
         ({"llama.block_count": "many"}, ["llama.block_count", "expected int"]),
@@ -149,14 +151,100 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     assert_refused(path, "llama.feed_forward_length is missing")
 
 
-def test_a_type_gguf_cannot_dequantize_is_named_on_loading(tmp_path: Path) -> None:
-    path = tmp_path / "ints.gguf"
+@pytest.mark.parametrize("kind", [Kind.I32, Kind.IQ4_NL, Kind.TQ1_0, Kind.MXFP4, Kind.Q8_K, 999])
+def test_a_type_that_is_not_served_is_named_on_opening(tmp_path: Path, kind: int) -> None:
+    path = tmp_path / "other.gguf"
     save_gguf(path, llama(vocab_size=259))
     data = bytearray(path.read_bytes())
     name = b"blk.1.ffn_up.weight"
-    # Behind the name: number of dimensions (4 bytes), two dimensions (16), type (4): 26 is I32.
+    # Behind the name: number of dimensions (4 bytes), two dimensions (16), type (4).
     place = data.index(name) + len(name) + 20
-    data[place : place + 4] = (26).to_bytes(4, "little")
+    data[place : place + 4] = int(kind).to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(StartupError, match=r"tensor blk.1.ffn_up.weight: type I32 cannot be dequantized"):
-        list(open_checkpoint(str(path)).tensors())
+    said = f"has type {kind.name}, which is not served; served: F32, F16" if kind in list(Kind) else "unknown type 999"
+    assert_refused(path, "blk.1.ffn_up.weight", said)
+
+
+K_QUANTS = [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
+
+
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_blocks_that_only_llama_cpp_can_write_load_as_gguf_dequantizes_them(tmp_path: Path, kind: Kind) -> None:
+    """The package reads K-quants but does not write them, so here every block is random, its float16 scales finite."""
+    reference = llama(vocab_size=259, hidden_size=256, intermediate_size=512, head_dim=64)
+    rng = numpy.random.default_rng(kind)
+    values, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+
+    def random_blocks(data: numpy.ndarray, asked: Kind) -> numpy.ndarray:
+        if asked is not kind:
+            return quantize(data, asked)
+        blocks = rng.integers(0, 0x3C, (*data.shape[:-1], data.shape[-1] // values * num_bytes), dtype=numpy.uint8)
+        return blocks
+
+    quantize = gguf.quants.quantize
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gguf.quants, "quantize", random_blocks)
+        expected = save_gguf(tmp_path / "model.gguf", reference, kind)
+    tensors = dict(open_checkpoint(str(tmp_path / "model.gguf")).tensors())
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert numpy.isfinite(expected[name]).all() and expected[name].any()
+        numpy.testing.assert_array_equal(tensor.numpy(), expected[name], err_msg=name)
+
+
+def test_a_large_tensor_is_dequantized_in_slabs_with_the_same_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), Kind.Q8_0)
+    whole = dict(open_checkpoint(str(tmp_path)).tensors())
+    monkeypatch.setattr("asyncllm.weights.gguf.SLAB_VALUES", 5 * WIDE["hidden_size"])
+    for name, tensor in open_checkpoint(str(tmp_path)).tensors():
+        assert torch.equal(tensor, whole[name]), name
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.4],
+    "long_factor": [1.0, 2.0, 3.0, 4.5],
+    "partial_rotary_factor": 0.5,
+}
+CONVERTED: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}),
+    ("qwen2", {}),
+    ("qwen2", {"rope_parameters": YARN}),
+    ("qwen3", {"head_dim": 20, "tie_word_embeddings": True}),
+    ("qwen3_moe", {"decoder_sparse_step": 1, "norm_topk_prob": True}),
+    ("smollm3", {"num_hidden_layers": 5, "use_sliding_window": False}),
+    ("gemma", {"tie_word_embeddings": True}),
+    ("gemma2", {"query_pre_attn_scalar": 12, "sliding_window": 5, "tie_word_embeddings": True}),
+    ("gemma3", {"query_pre_attn_scalar": 12, "sliding_window": 5, "num_hidden_layers": 7}),
+    ("phi3", {"sliding_window": 7}),
+    ("phi3", {"rope_parameters": LONGROPE, "head_dim": 16, "hidden_size": 64, "original_max_position_embeddings": 24}),
+    ("gpt2", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), CONVERTED, ids=lambda item: item if isinstance(item, str) else "")
+def test_a_converted_file_gives_the_logits_of_the_model_it_was_made_from(
+    tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    reference = llama(family=family, **{"vocab_size": 259} | settings)
+    write_converted(tmp_path / "model.gguf", family, reference)
+    model = load_model(open_checkpoint(str(tmp_path)), TorchAttention(), torch.float32, torch.device("cpu"))
+    tokens = [(7 * i) % 250 + 3 for i in range(40)]
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens])).logits[0]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(PagedRunner(model).step([("a", tokens)])[0], expected, rtol=1e-4, atol=1e-4)

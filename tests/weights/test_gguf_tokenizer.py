@@ -147,7 +147,9 @@ def test_the_end_of_a_turn_is_an_eos_too() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "llama"}, "tokenizer model llama is not served; served: gpt2"),
+        ({"model": "t5"}, "tokenizer model t5 is not served; served: gpt2 (byte-level BPE), llama (SentencePiece BPE)"),
+        ({"model": "llama"}, "tokenizer.ggml.scores does not match 262 tokens"),
+        ({"model": "llama", "scores": [0.0] * 262, "unknown_token_id": 262}, "unknown_token_id = 262 is no token"),
         ({"model": None}, "tokenizer model None is not served"),
         ({"pre": "tekken"}, "pre-tokenizer tekken is not served; served: default, gpt-2, smollm, llama-bpe, qwen2"),
         ({"tokens": None}, "tokenizer.ggml.tokens is missing"),

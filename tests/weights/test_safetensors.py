@@ -1,7 +1,11 @@
 """Hugging Face directories: good, sharded, and broken in every way that downloads break."""
 
+import gc
 import json
 import struct
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from asyncllm.attention.torch_attention import TorchAttention
 from asyncllm.errors import StartupError
+from asyncllm.models.registry import build_model
+from asyncllm.weights.base import SamplingDefaults
 from asyncllm.weights.checkpoint import open_checkpoint
 from asyncllm.weights.loader import load_model
 from tests.models.paged import PagedRunner
@@ -184,14 +190,17 @@ def test_an_index_may_not_lead_out_of_the_directory(tmp_path: Path) -> None:
             "architecture MambaForCausalLM is not served; served: LlamaForCausalLM",
         ),
         ({"architectures": None}, "architecture llama is not served"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling llama3 is not served"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling linear is not served"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "missing required field `low_freq_factor`"),
+        (
+            {"rope_scaling": {"type": "proportional"}},
+            "rope scaling proportional is not served; served: default, linear",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization gptq is not served"),
-        ({"hidden_act": "gelu"}, "hidden_act gelu is not served; served: silu"),
+        ({"hidden_act": "mish"}, "hidden_act mish is not served; served: silu"),
         ({"dtype": "float8_e4m3fn"}, "dtype float8_e4m3fn is not served"),
         ({"hidden_size": None}, "missing required field `hidden_size`"),
         ({"num_hidden_layers": "two"}, "Expected `int`"),
-        ({"num_attention_heads": 0}, "sizes must be positive"),
+        ({"num_attention_heads": 0}, "Expected `int` >= 1"),
     ],
 )
 def test_a_configuration_that_is_not_served_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -226,7 +235,141 @@ def test_a_tokenizer_of_an_older_kind_is_converted(tmp_path: Path) -> None:
     assert checkpoint.text.eos_token_ids[0] == 2
 
 
-def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickled_weights_are_refused_by_name(tmp_path: Path, name: str) -> None:
     save_llama(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    assert "no .safetensors file" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    assert f"{tmp_path / name}: pickled weights can run any code and are never loaded" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "quantization awq (4 bits) is"),
+        ({"quant_method": "gptq", "bits": 8}, "quantization gptq (8 bits) is"),
+        ({"quant_method": "fp8", "fmt": "e4m3"}, "quantization fp8 (e4m3) is"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantization bitsandbytes (4 bits) is"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors (pack-quantized) is"),
+        ("int4", "quantization unknown is"),
+    ],
+)
+def test_a_quantized_checkpoint_is_refused_by_its_method(tmp_path: Path, table: object, said: str) -> None:
+    save_llama(tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config=table)
+    message = refusal(tmp_path)
+    assert said in message and "config.json" in message and "not served in safetensors; use a .gguf file" in message
+
+
+@pytest.mark.parametrize(("file", "method"), [("quantize_config.json", "gptq"), ("hf_quant_config.json", "modelopt")])
+def test_a_quantization_that_only_a_side_file_tells_is_seen(tmp_path: Path, file: str, method: str) -> None:
+    save_llama(tmp_path)
+    (tmp_path / file).write_text("{}")
+    assert f"quantization {method} is not served" in refusal(tmp_path)
+
+
+def test_an_index_that_contradicts_its_shards_is_named(tmp_path: Path) -> None:
+    save_llama(tmp_path, shard_size="30KB")
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first, second = sorted(set(weight_map.values()))[:2]
+    moved = next(name for name, shard in weight_map.items() if shard == first)
+    edit_json(index, weight_map=weight_map | {moved: second})
+    assert f"index.json: tensor {moved} should be in {second}, but it is in {first}" in refusal(tmp_path)
+    edit_json(index, weight_map=weight_map | {"ghost": second})
+    assert f"tensor ghost should be in {second}, but no shard has it" in refusal(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
+    save_llama(tmp_path, shard_size="30KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second)
+    assert f"{second.name}: tensor {name} is in {first.name} as well" in refusal(tmp_path)
+
+
+def test_a_header_whose_sizes_do_not_add_up_is_refused_on_opening(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    assert data.count(b'"shape":[48]') > 1
+    file.write_bytes(data.replace(b'"shape":[48]', b'"shape":[49]', 1))
+    with pytest.raises(StartupError, match=r"damaged safetensors file: tensor .* is not where it should be"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_load_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_llama(tmp_path, shard_size="30KB")
+    checkpoint = open_checkpoint(str(tmp_path))
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    made: list[weakref.ref] = []
+
+    def remembered(*arguments: Any) -> Any:
+        made.append(weakref.ref(model := build_model(*arguments)))
+        return model
+
+    monkeypatch.setattr("asyncllm.weights.loader.build_model", remembered)
+    with pytest.raises(StartupError, match=f"{last.name}: damaged safetensors file"):
+        load_model(checkpoint, TorchAttention(), torch.float32, torch.device("cpu"))
+    gc.collect()
+    assert made and made[0]() is None
+
+
+def test_generation_config_sets_sampling_defaults_unless_it_is_ignored(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    written = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": None, "do_sample": False, "eos_token_id": [7]}
+    edit_json(tmp_path / "generation_config.json", **written)
+    text = open_checkpoint(str(tmp_path)).text
+    assert text.sampling == SamplingDefaults(temperature=0.6, top_p=0.95, top_k=20)
+    assert str(text.sampling) == "temperature 0.6, top_p 0.95, top_k 20" and 7 in text.eos_token_ids
+    ignored = open_checkpoint(str(tmp_path), generation_config="ignore").text
+    assert ignored.sampling == SamplingDefaults() and 7 not in ignored.eos_token_ids
+    assert str(ignored.sampling) == "neutral"
+    edit_json(tmp_path / "generation_config.json", temperature="warm")
+    assert "generation_config.json: temperature = warm" in refusal(tmp_path)
+    assert open_checkpoint(str(tmp_path), generation_config="ignore").text.sampling == SamplingDefaults()
+
+
+PEAK_PROGRAM = """
+import sys, torch
+from asyncllm.attention.torch_attention import TorchAttention
+from asyncllm.models.registry import build_model
+from asyncllm.weights.base import SamplingDefaults
+from asyncllm.weights.checkpoint import open_checkpoint
+from asyncllm.weights.loader import load_model
+
+def figure(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+checkpoint = open_checkpoint(sys.argv[1])
+import safetensors.torch
+before = figure("VmRSS:")
+load_model(checkpoint, TorchAttention(), torch.float32, torch.device("cpu"))
+print(figure("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc")
+def test_loading_takes_the_weights_and_one_shard_at_its_peak(tmp_path: Path) -> None:
+    save_llama(tmp_path, vocab_size=259)
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12}
+    edit_json(tmp_path / "config.json", head_dim=64, num_key_value_heads=12, **sizes)
+    (tmp_path / "model.safetensors").unlink()
+    weights = dict(open_checkpoint(str(tmp_path), load_format="dummy").tensors())
+    shards = [{name: weights[name] for name in list(weights)[part::6]} for part in range(6)]
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number}.safetensors"
+        save_file(shard, tmp_path / file)
+        weight_map |= dict.fromkeys(shard, file)
+    edit_json(tmp_path / "model.safetensors.index.json", weight_map=weight_map)
+    program = [sys.executable, "-c", PEAK_PROGRAM, str(tmp_path)]
+    peak = int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+    largest, total = (
+        max(file.stat().st_size for file in tmp_path.glob("*.safetensors")),
+        4 * sum(tensor.numel() for tensor in weights.values()),
+    )
+    print(f"peak {peak / 2**20:.0f} MiB for {total / 2**20:.0f} MiB in shards of {largest / 2**20:.0f} MiB")
+    assert largest < total / 4
+    assert peak <= total + 1.6 * largest

@@ -1,4 +1,4 @@
-"""Tiny random Llamas, written to disk the way the real ones come."""
+"""Tiny random Llamas and their kin, written to disk the way the real ones come."""
 
 import warnings
 from pathlib import Path
@@ -7,15 +7,9 @@ from typing import Any
 import gguf
 import numpy
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 TINY = {
     "vocab_size": 96,
@@ -31,20 +25,46 @@ TINY = {
 }
 
 
-FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+# Family -> the prefix of transformers' classes.
+FAMILIES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "smollm3": "SmolLM3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "phi3": "Phi3",
+    "starcoder2": "Starcoder2",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3": "Gemma3",
+    "opt": "OPT",
+    "gpt2": "GPT2",
+}
+CLASSES = {"gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "gpt2": ("GPT2Config", "GPT2LMHeadModel")}
+# Settings of the tiny model where a family's own are not tiny, or not there.
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "smollm3": {"pad_token_id": 0},
+    "phi3": {"pad_token_id": 0},
+    "gemma": {"head_dim": 12},
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "attn_implementation": "eager"},
+    "gemma3": {"head_dim": 12, "query_pre_attn_scalar": 20},
+    "qwen3_moe": {"head_dim": 12, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "opt": {"ffn_dim": 80, "word_embed_proj_dim": 48, "init_std": 0.3, "dropout": 0.0},
 }
 
 
 def llama(seed: int = 0, family: str = "llama", **overrides: Any) -> Any:
     """A float32 reference model whose logits are far enough apart for greedy decoding to be stable."""
     torch.manual_seed(seed)
-    make_config, make_model = FAMILIES[family]
-    model = make_model(make_config(**{**TINY, "initializer_range": 0.3, **overrides})).eval()
+    prefix = FAMILIES[family]
+    config_name, model_name = CLASSES.get(family, (f"{prefix}Config", f"{prefix}ForCausalLM"))
+    settings = {**TINY, "initializer_range": 0.3, **FAMILY_SETTINGS.get(family, {}), **overrides}
+    model = getattr(transformers, model_name)(getattr(transformers, config_name)(**settings)).eval()
+    norm_mean = 0.0 if family.startswith("gemma") else 1.0
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:
-            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
+        if name.endswith("bias") or "norm" in name or ".ln_" in name:
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else norm_mean, std=0.3)
     return model
 
 

@@ -3,10 +3,12 @@
 Knows no format. Loop thread only.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from asyncllm.router.output.parts import Part, PartKind
 from asyncllm.router.output.reader import SPACE
+from asyncllm.router.output.tools import Tool
 
 
 class Collector:
@@ -17,18 +19,20 @@ class Collector:
         "_has_content",
         "_is_behind_call",
         "_max_calls",
-        "_names",
         "_new_call_id",
         "_num_ended",
         "_parts",
         "_space",
+        "_tools",
+        "has_thought",
         "is_broken",
         "is_full",
+        "is_thinking",
         "num_calls",
     )  # fmt: skip
 
-    def __init__(self, names: Collection[str], max_calls: int | None, new_call_id: Callable[[], str]) -> None:
-        self._names = names
+    def __init__(self, tools: Sequence[Tool], max_calls: int | None, new_call_id: Callable[[], str]) -> None:
+        self._tools = {tool.name: tool for tool in tools}
         self._max_calls = max_calls
         self._new_call_id = new_call_id
         self._parts: list[Part] = []
@@ -38,6 +42,8 @@ class Collector:
         self._is_behind_call = False
         self.is_full = False  # all calls that are wanted are complete: what follows is dropped
         self.num_calls = 0
+        self.is_thinking = False
+        self.has_thought = False
         self._num_ended = 0
         self.is_broken = False
 
@@ -48,7 +54,19 @@ class Collector:
 
     def knows(self, name: str) -> bool:
         """Whether a function of this name may be called."""
-        return name in self._names
+        return name in self._tools
+
+    def parameters(self, name: str) -> dict[str, Any]:
+        """The schema of a function's arguments."""
+        return self._tools[name].parameters or {}
+
+    def begin_reasoning(self) -> None:
+        """The model thinks from here on."""
+        self.is_thinking = True
+
+    def end_reasoning(self) -> None:
+        """It has, and said so."""
+        self.is_thinking, self.has_thought = False, True
 
     def reasoning(self, text: str) -> None:
         """A piece of what the model thinks."""

@@ -8,35 +8,24 @@ import contextlib
 import re
 from collections.abc import Sequence
 
+from asyncllm.router.output.base import ToolFormat
 from asyncllm.router.output.collector import Collector
 from asyncllm.router.output.grammar import Lark, keyword_arguments
 from asyncllm.router.output.literals import Broken, Literals
-from asyncllm.router.output.markers import ModelMarkers, openai_call_id
-from asyncllm.router.output.reader import Markers, NotACall, Parse, Reader
-from asyncllm.router.output.tools import Tool, ToolChoice
+from asyncllm.router.output.reader import NotACall, Parse, Reader
+from asyncllm.router.output.tools import Tool
 
 NAME = re.compile(r"[\w.-]+")
 
 
-class Gemma:
+class Gemma(ToolFormat):
     """FunctionGemma."""
 
     name = "gemma"
     start, end, delimiter = "<start_function_call>", "<end_function_call>", "<escape>"
-
-    def __init__(self, model: ModelMarkers) -> None:
-        self._model = model
-        self.markers = (self.start, self.end, self.delimiter)
-        self.visible_tokens = model.specials(self.markers)
-        self._starts, self._ends = Markers(self.start), Markers(self.end)
-
-    def new_call_id(self) -> str:
-        """An id for a call."""
-        return openai_call_id()
-
-    def history_id(self, call_id: str) -> str:
-        """A client's id, as the chat template takes it."""
-        return call_id
+    markers, starts, ends = (start, end, delimiter), (start,), (end,)
+    separator = ""
+    stop_tokens = ("<start_function_response>",)
 
     def parse(self, reader: Reader, out: Collector) -> Parse[None]:
         """Read the whole text."""
@@ -69,9 +58,8 @@ class Gemma:
         if (yield from reader.literal(self.end)):
             reader.recorded()
 
-    def grammar(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool = True) -> str:
-        """Lark source of the calls that `choice` forces; values are written as JSON."""
-        lark = Lark(self._model)
+    def _rest(self, lark: Lark, tools: Sequence[Tool], *, start: str, is_one: bool) -> str:
+        """Values are written as JSON."""
         calls = [
             lark.rule(
                 "call",
@@ -80,10 +68,8 @@ class Gemma:
                 '"}"',
             )
             for tool in tools
-            if choice.allows(tool.name)
         ]
-        call = lark.rule("call", lark.token(self.start), lark.any_of(calls), lark.token(self.end))
-        return lark.source(call, is_one=choice.is_named or not parallel)
+        return f"{lark.any_of(calls)} {lark.token(self.end)}"
 
 
 class Gemma4(Gemma):
@@ -91,3 +77,5 @@ class Gemma4(Gemma):
 
     name = "gemma4"
     start, end, delimiter = "<|tool_call>", "<tool_call|>", '<|"|>'
+    markers, starts, ends = (start, end, delimiter), (start,), (end,)
+    stop_tokens = ("<|tool_response>",)

@@ -5,15 +5,23 @@ Whitespace is that of Python's `json.dumps`, which is how chat templates show ca
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from asyncllm.errors import InvalidRequest, show
+from asyncllm.router.json_schema import ANNOTATIONS, FORMAT_PATTERNS
 from asyncllm.router.output.markers import ModelMarkers
 from asyncllm.router.output.tools import Tool
+from asyncllm.router.output.value_types import referred
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ARGUMENT_NAME = re.compile(r"[^\s=(),:{}\[\]<>|\"'\\]+")
+DEFINITIONS = ("$defs", "definitions")
+SILENT = ANNOTATIONS | set(DEFINITIONS)
+ANY_TEXT = "(?s:.*)"
+ANY_NAME = "[A-Za-z_][A-Za-z0-9_-]*"
 # Of a schema whose properties are written one by one, as keyword arguments.
 KEYWORD_SCHEMA = {"type", "properties", "required", "additionalProperties", "title", "description", "$schema", "$id",
                   "$defs", "definitions", "$comment", "default", "examples"}  # fmt: skip
@@ -31,9 +39,22 @@ class Lark:
         return json.dumps(text, ensure_ascii=False)
 
     def token(self, marker: str) -> str:
-        """A marker: its token where it is a special one, otherwise its text."""
-        token_id = self._model.special_ids.get(marker)
+        """A marker: its token where it has one, otherwise its text."""
+        token_id = self._model.token_ids.get(marker)
         return self.text(marker) if token_id is None else f"<[{token_id}]>"
+
+    def until(self, end: str) -> str:
+        """Any text up to the first `end`, and with it."""
+        name = f"text_{len(self._rules)}"
+        self._rules.append(f"{name}[lazy]: /{ANY_TEXT}{_escaped(end)}/")
+        return name
+
+    def matching(self, patterns: Sequence[str], gap: str, end: str) -> str:
+        """A text without `end` that all of these patterns match, then `gap` and `end`."""
+        name = f"TEXT_{len(self._rules)}"
+        inside = "".join(f"/{pattern}/ & " for pattern in patterns)
+        self._rules.append(f"{name}: ({inside}~/{ANY_TEXT}{_escaped(end)}{ANY_TEXT}/) {self.text(gap + end)}")
+        return name
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """JSON that is valid against a schema."""
@@ -62,6 +83,11 @@ class Lark:
         return "\n".join(["%llguidance {}", start, *self._rules, ""])
 
 
+def _escaped(text: str) -> str:
+    """A pattern of this text, for Lark."""
+    return re.escape(text).replace("/", "\\/")
+
+
 def parameters(tool: Tool) -> dict[str, Any]:
     """The schema of a tool's arguments; a function without parameters takes an empty object."""
     schema = {"type": "object", **(tool.parameters or {})}
@@ -85,10 +111,28 @@ def json_call(lark: Lark, tool: Tool, key: str) -> str:
     )
 
 
-def keyword_arguments(lark: Lark, tool: Tool, *, assign: str, separator: str) -> str:
-    """A tool's arguments one by one, each value as JSON; those that may be left out come last.
+def loosened(tool: Tool) -> Tool:
+    """The tool with any arguments."""
+    return msgspec.structs.replace(tool, parameters={"type": "object", "additionalProperties": True})
 
-    Raises InvalidRequest where the schema says more than which arguments there are.
+
+def keyword_arguments(lark: Lark, tool: Tool, *, assign: str, separator: str) -> str:
+    """A tool's arguments one by one, each value as JSON; see `each_argument`."""
+
+    def write(name: str | None, schema: dict[str, Any]) -> str:
+        key = lark.text(name + assign) if name is not None else f"/{ANY_NAME}{assign}/"
+        return f"{key} {lark.json(schema)}"
+
+    return each_argument(lark, tool, write, separator=separator)
+
+
+def each_argument(
+    lark: Lark, tool: Tool, write: Callable[[str | None, dict[str, Any]], str], *, separator: str = ""
+) -> str:
+    """A tool's arguments one by one; those that may be left out come last.
+
+    `write` makes the rule of an argument of this name and schema; None: of any name. A schema that says nothing of its
+    properties allows any. Raises InvalidRequest where it says more than which arguments there are.
     """
     schema = parameters(tool)
     where = f"tools: the parameters of {tool.name}"
@@ -98,7 +142,12 @@ def keyword_arguments(lark: Lark, tool: Tool, *, assign: str, separator: str) ->
     properties, required = schema.get("properties") or {}, schema.get("required") or []
     if unknown := [name for name in required if properties.get(name, False) is False]:
         raise InvalidRequest(f"{where} require {show(unknown[0])}, which properties do not allow.", param="tools")
-    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    gap = lark.text(separator) if separator else ""
+    shared: dict[str, Any] = {key: schema[key] for key in DEFINITIONS if key in schema}
+    if not properties and (others := schema["additionalProperties"]) is not False:
+        _check_references(others, where)
+        piece = write(None, {**shared, **({} if others is True else others)})
+        return f"({piece} ({gap} {piece})*)?"
     pieces: dict[str, str] = {}
     for name, value in properties.items():
         if not ARGUMENT_NAME.fullmatch(name):
@@ -107,10 +156,9 @@ def keyword_arguments(lark: Lark, tool: Tool, *, assign: str, separator: str) ->
         _check_references(value, where)
         if value is False:  # the argument may not be given
             continue
-        pieces[name] = f"{lark.text(name + assign)} {lark.json({**shared, **({} if value is True else value)})}"
+        pieces[name] = write(name, {**shared, **({} if value is True else value)})
     first = [pieces[name] for name in pieces if name in required]
     rest = [pieces[name] for name in pieces if name not in required]
-    gap = lark.text(separator)
     if first:
         return " ".join([f" {gap} ".join(first), *(f"({gap} {piece})?" for piece in rest)])
     if not rest:
@@ -118,6 +166,49 @@ def keyword_arguments(lark: Lark, tool: Tool, *, assign: str, separator: str) ->
     # Whichever comes first has no separator in front of it.
     tails = [" ".join([piece, *(f"({gap} {later})?" for later in rest[i + 1 :])]) for i, piece in enumerate(rest)]
     return f"({' | '.join(tails)})?"
+
+
+def text_value(lark: Lark, schema: dict[str, Any], gap: str, end: str, where: str) -> str:
+    """A string of this schema as bare text, then `gap` and `end`; text that may be any goes up to the first `end`.
+
+    Raises InvalidRequest, naming `where`, for a rule that bare text cannot be forced to obey.
+    """
+    found, seen = schema, set[str]()
+    while "$ref" in found and not found.keys() - {"$ref", *SILENT} and found["$ref"] not in seen:
+        seen.add(found["$ref"])
+        target = referred(schema, found["$ref"])
+        found = target if isinstance(target, dict) else {} if target else {"not": {}}
+    rules = {name: rule for name, rule in found.items() if name != "type" and name not in SILENT}
+    if not rules:
+        return lark.until(end)
+    patterns: list[str] = []
+    for name, rule in rules.items():
+        if name in ("enum", "const") and len(rules) == 1:
+            texts = rule if name == "enum" else [rule]
+            if not any(end in text for text in texts):
+                return lark.any_of([lark.text(text + gap + end) for text in texts])
+        if name == "minLength":
+            patterns.append(f"(?s:.{{{rule},}})")
+        elif name == "maxLength":
+            patterns.append(f"(?s:.{{0,{rule}}})")
+        elif name == "pattern":
+            patterns.append(_whole(rule))
+        elif name == "format" and rule in FORMAT_PATTERNS:
+            patterns.append(_whole(FORMAT_PATTERNS[rule]))
+        else:
+            raise InvalidRequest(f"{where} use {name} = {show(rule)} for a string, which this model's calls cannot be "
+                                 "forced to obey.", param="tools")  # fmt: skip
+    return lark.matching(patterns, gap, end)
+
+
+def _whole(pattern: str) -> str:
+    """A pattern (ECMA 262) for Lark, of whole texts in which it is found, though maybe not of all of them."""
+    body = pattern.removeprefix("^")
+    before = ANY_TEXT if body == pattern else ""
+    is_closed = re.search(r"(?<!\\)(\\\\)*\$\Z", body) is not None
+    behind, body = ("", body[:-1]) if is_closed else (ANY_TEXT, body)
+    body = re.sub(r"\\.|/|\n", lambda piece: {"/": "\\/", "\n": "\\n"}.get(piece[0], piece[0]), body)
+    return f"{before}(?:{body}){behind}"
 
 
 def _check_references(schema: Any, where: str) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 
 from asyncllm.errors import InvalidRequest, show
+from asyncllm.router.output.base import ToolFormat
 from asyncllm.router.output.schema import MAX_DEPTH, is_shallow
-from asyncllm.router.output.tool_format import ToolFormat
 
 MAX_CALLS = 128  # in one message
 

@@ -9,15 +9,19 @@ from asyncllm.router.tokenizer import Tokenizer
 
 
 class ModelMarkers(msgspec.Struct, frozen=True):
-    """Which strings are special tokens: those are left out of shown text, and are no text in a grammar."""
+    """Which strings are tokens of their own."""
 
-    special_ids: Mapping[str, int]
+    special_ids: Mapping[str, int] = {}  # left out of shown text
+    token_ids: Mapping[str, int] = {}  # no text in a grammar: llguidance sees a token there, and only that
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "ModelMarkers":
         """Those of this model."""
-        ids = {token: tokenizer.token_id(token) for token in tokenizer.special_tokens}
-        return cls({token: token_id for token, token_id in ids.items() if token_id is not None})
+        ids = tokenizer.added_token_ids
+        special_ids = {token: token_id for token, token_id in ids.items() if token in tokenizer.special_tokens}
+        # Qwen's <tool_call> is no special token. To llguidance it is: every added token in angle brackets.
+        tagged_ids = {token: token_id for token, token_id in ids.items() if token[:1] + token[-1:] == "<>"}
+        return cls(special_ids, special_ids | tagged_ids)
 
     def specials(self, markers: tuple[str, ...]) -> tuple[str, ...]:
         """The special ones among these."""

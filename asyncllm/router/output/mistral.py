@@ -9,28 +9,31 @@ import secrets
 import string
 from collections.abc import Sequence
 
+from asyncllm.router.output.base import ToolFormat
 from asyncllm.router.output.collector import Collector
 from asyncllm.router.output.grammar import Lark, arguments, json_call
 from asyncllm.router.output.json_call import read_call, stream_call
 from asyncllm.router.output.markers import ModelMarkers
-from asyncllm.router.output.reader import Markers, NotACall, Parse, Reader
-from asyncllm.router.output.tools import Tool, ToolChoice
+from asyncllm.router.output.reader import NotACall, Parse, Reader
+from asyncllm.router.output.tools import Tool
 
 START, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 ID = re.compile(r"[a-zA-Z0-9]{9}")
 WORD = re.compile(r"[a-zA-Z0-9_.-]+")
 
 
-class Mistral:
+class Mistral(ToolFormat):
     """Reads both forms; forces the one that the model was trained on."""
 
     name = "mistral"
     markers = (START, ARGS, CALL_ID)
+    starts = ends = (START,)
+    start = START
 
     def __init__(self, model: ModelMarkers) -> None:
-        self._model = model
-        self.visible_tokens = model.specials(self.markers)
-        self._starts = Markers(START)
+        super().__init__(model)
+        self._is_named = ARGS in model.special_ids
+        self.separator = "" if self._is_named else None
 
     def new_call_id(self) -> str:
         """Nine letters and digits: the models' templates refuse everything else."""
@@ -51,7 +54,7 @@ class Mistral:
                 if first == "[":
                     yield from self._list(reader, out)
                 elif first == "{":
-                    yield from read_call(reader, out, self._starts)
+                    yield from read_call(reader, out, self._ends)
                 else:
                     yield from self._named(reader, out)
             except NotACall:
@@ -62,7 +65,7 @@ class Mistral:
         reader.take(1)
         while True:
             yield from reader.space()
-            yield from read_call(reader, out, self._starts)
+            yield from read_call(reader, out, self._ends)
             reader.record()
             yield from reader.space()
             if (yield from reader.literal(",")):
@@ -77,19 +80,11 @@ class Mistral:
             yield from reader.run(WORD, 64)
         yield from reader.literal(ARGS)
         yield from reader.space()
-        yield from stream_call(reader, out, name, self._starts)
+        yield from stream_call(reader, out, name, self._ends)
 
-    def grammar(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool = True) -> str:
-        """Lark source of the calls that `choice` forces."""
-        lark = Lark(self._model)
-        chosen = [tool for tool in tools if choice.allows(tool.name)]
-        is_one = choice.is_named or not parallel
-        if ARGS in self._model.special_ids:
-            calls = [
-                lark.rule("call", lark.token(START), lark.text(tool.name), lark.token(ARGS), arguments(lark, tool))
-                for tool in chosen
-            ]
-            return lark.source(lark.any_of(calls), separator="", is_one=is_one)
-        call = lark.any_of([json_call(lark, tool, "arguments") for tool in chosen])
-        items = lark.sequence(call, separator=", ", is_one=is_one)
-        return lark.source(lark.rule("list", lark.token(START), lark.text("["), items, lark.text("]")), is_one=True)
+    def _rest(self, lark: Lark, tools: Sequence[Tool], *, start: str, is_one: bool) -> str:
+        if self._is_named:
+            calls = [lark.rule("call", lark.text(t.name), lark.token(ARGS), arguments(lark, t)) for t in tools]
+            return lark.any_of(calls)
+        call = lark.any_of([json_call(lark, tool, "arguments") for tool in tools])
+        return lark.rule("list", '"["', lark.sequence(call, separator=", ", is_one=is_one), '"]"')

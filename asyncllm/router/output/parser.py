@@ -8,12 +8,12 @@ or break go on, as written, to the call's end marker, and `is_broken` says so. L
 
 from collections.abc import Sequence
 
+from asyncllm.router.output.base import ToolFormat
 from asyncllm.router.output.collector import Collector
 from asyncllm.router.output.markers import openai_call_id
 from asyncllm.router.output.parts import Part
 from asyncllm.router.output.reader import Parse, Reader
 from asyncllm.router.output.reasoning import ReasoningFormat
-from asyncllm.router.output.tool_format import ToolFormat
 from asyncllm.router.output.tools import Tool
 
 
@@ -36,9 +36,24 @@ class OutputParser:
         """
         self._reader = Reader()
         new_call_id = openai_call_id if tool_format is None else tool_format.new_call_id
-        self._out = Collector(frozenset(tool.name for tool in tools), max_calls, new_call_id)
+        self._out = Collector(tools, max_calls, new_call_id)
         tool_format = tool_format if tools else None
         self._parse: Parse[None] | None = _parse(self._reader, self._out, tool_format, reasoning, in_reasoning)
+
+    @property
+    def held(self) -> str:
+        """Text that waits for what follows."""
+        return self._reader.text[self._reader.position :]
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the text so far ends inside the thinking part."""
+        return self._out.is_thinking
+
+    @property
+    def has_thought(self) -> bool:
+        """Whether the thinking part's end was read."""
+        return self._out.has_thought
 
     @property
     def num_calls(self) -> int:

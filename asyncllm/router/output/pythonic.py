@@ -7,35 +7,24 @@ import json
 import re
 from collections.abc import Sequence
 
+from asyncllm.router.output.base import Opening, ToolFormat
 from asyncllm.router.output.collector import Collector
 from asyncllm.router.output.grammar import Lark, keyword_arguments
 from asyncllm.router.output.literals import KEY, Broken, Literals
-from asyncllm.router.output.markers import ModelMarkers, openai_call_id
-from asyncllm.router.output.reader import Markers, NotACall, Parse, Reader
-from asyncllm.router.output.tools import Tool, ToolChoice
+from asyncllm.router.output.reader import SPACE, NotACall, Parse, Reader
+from asyncllm.router.output.tools import Tool
 
 START, END = "<|python_start|>", "<|python_end|>"
 NAME = re.compile(r"[\w.-]+")
 
 
-class Pythonic:
+class Pythonic(ToolFormat):
     """The list stands at the beginning of the text or behind the start marker; brackets elsewhere are content."""
 
     name = "pythonic"
     markers = (START, END)
-
-    def __init__(self, model: ModelMarkers) -> None:
-        self._model = model
-        self.visible_tokens = model.specials(self.markers)
-        self._starts, self._ends = Markers(START), Markers(END)
-
-    def new_call_id(self) -> str:
-        """An id for a call."""
-        return openai_call_id()
-
-    def history_id(self, call_id: str) -> str:
-        """A client's id, as the chat template takes it."""
-        return call_id
+    starts, ends = (START,), (END,)
+    start, opening = "", Opening("[", SPACE)
 
     def parse(self, reader: Reader, out: Collector) -> Parse[None]:
         """Read the whole text."""
@@ -115,15 +104,12 @@ class Pythonic:
             out.arguments(", ")
             yield from literals.key("=")
 
-    def grammar(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool = True) -> str:
-        """Lark source of the calls that `choice` forces; values are written as JSON."""
-        lark = Lark(self._model)
+    def _rest(self, lark: Lark, tools: Sequence[Tool], *, start: str, is_one: bool) -> str:
+        """Values are written as JSON."""
         calls = [
             lark.rule(
                 "call", lark.text(tool.name + "("), keyword_arguments(lark, tool, assign="=", separator=", "), '")"'
             )
             for tool in tools
-            if choice.allows(tool.name)
         ]
-        items = lark.sequence(lark.any_of(calls), separator=", ", is_one=choice.is_named or not parallel)
-        return lark.source(lark.rule("list", '"["', items, '"]"'), is_one=True)
+        return lark.rule("list", '"["', lark.sequence(lark.any_of(calls), separator=", ", is_one=is_one), '"]"')

@@ -37,9 +37,12 @@ class ReasoningFormat(msgspec.Struct, frozen=True):
         `inside`: the prompt opened it already; a model that opens it again is understood. Where the end is missing
         all of the text is reasoning, since that is what a model cut short in its thoughts has written.
         """
+        if inside:
+            out.begin_reasoning()
         space = yield from reader.space()
         held = ""
         if (yield from reader.literal(self.start)):
+            out.begin_reasoning()
             yield from reader.space(BREAKS)
         elif inside:
             held = space.lstrip(BREAKS)
@@ -55,6 +58,7 @@ class ReasoningFormat(msgspec.Struct, frozen=True):
 
         if (yield from reader.until(Markers(self.end), emit)):
             reader.take(len(self.end))
+            out.end_reasoning()
             yield from reader.space(BREAKS)
         else:
             out.reasoning(held)

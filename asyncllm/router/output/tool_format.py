@@ -1,61 +1,19 @@
 """The formats in which models write tool calls, and which of them a model uses. Any thread."""
 
-from collections.abc import Sequence
-from typing import Protocol
-
 from asyncllm.errors import ConfigError, show
-from asyncllm.router.output.collector import Collector
+from asyncllm.router.output.base import ToolFormat
 from asyncllm.router.output.gemma import Gemma, Gemma4
 from asyncllm.router.output.hermes import Hermes
 from asyncllm.router.output.llama3 import Llama3Json
 from asyncllm.router.output.markers import ModelMarkers
 from asyncllm.router.output.mistral import Mistral
 from asyncllm.router.output.pythonic import Pythonic
-from asyncllm.router.output.reader import Parse, Reader
-from asyncllm.router.output.tools import Tool, ToolChoice
+from asyncllm.router.output.qwen3_coder import Qwen3Coder
 from asyncllm.router.tokenizer import Tokenizer
 
-
-class ToolFormat(Protocol):
-    """How a model writes calls. One per model; keeps nothing between texts."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the configuration."""
-        ...
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """The strings it writes beside names and values."""
-        ...
-
-    @property
-    def visible_tokens(self) -> tuple[str, ...]:
-        """Special tokens that have to be shown in the text for calls to be found."""
-        ...
-
-    def new_call_id(self) -> str:
-        """An id for a call."""
-        ...
-
-    def history_id(self, call_id: str) -> str:
-        """A client's id, as the chat template takes it."""
-        ...
-
-    def parse(self, reader: Reader, out: Collector) -> Parse[None]:
-        """Read the whole text behind the reasoning, and put what it is into `out`."""
-        ...
-
-    def grammar(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool = True) -> str:
-        """Lark source (llguidance) of a text that is nothing but the calls that `choice` forces.
-
-        One or more of the allowed functions; exactly one where a function is named, or not `parallel`. Arguments obey
-        the functions' schemas. Raises InvalidRequest for schemas that this format cannot be forced to obey.
-        """
-        ...
-
-
-_FORMATS = {form.name: form for form in (Hermes, Llama3Json, Pythonic, Mistral, Gemma, Gemma4)}
+_FORMATS: dict[str, type[ToolFormat]] = {
+    form.name: form for form in (Hermes, Llama3Json, Pythonic, Mistral, Gemma, Gemma4, Qwen3Coder)
+}
 TOOL_FORMATS = tuple(_FORMATS)
 
 # What only this format's templates say; the first that fits counts.
@@ -74,8 +32,7 @@ def tool_format(name: str, tokenizer: Tokenizer) -> ToolFormat:
     """A format by its name. Raises ConfigError for an unknown one."""
     if name not in _FORMATS:
         raise ConfigError(f"tool_format = {show(name)}: expected one of {', '.join(TOOL_FORMATS)}.")
-    form: ToolFormat = _FORMATS[name](ModelMarkers.of(tokenizer))
-    return form
+    return _FORMATS[name](ModelMarkers.of(tokenizer))
 
 
 def detect(template_source: str, tokenizer: Tokenizer) -> str | None:
@@ -86,7 +43,8 @@ def detect(template_source: str, tokenizer: Tokenizer) -> str | None:
     for sign, name in _SIGNS:
         if sign in template_source:
             return name
-    # Qwen3-Coder writes <tool_call><function=…>, which is another format with the same marker.
-    if "<tool_call>" in template_source and "<function=" not in template_source:
+    if "<tool_call>" not in template_source:
+        return None
+    if "<function=" not in template_source:
         return "hermes"
-    return None
+    return "qwen3_coder" if "<parameter=" in template_source else None

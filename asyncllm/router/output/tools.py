@@ -7,10 +7,9 @@ from typing import Any, Literal
 import msgspec
 
 from asyncllm.errors import InvalidRequest, show
-from asyncllm.router.output.schema import Budget, check_schema
+from asyncllm.router.output.schema import MAX_UNITS, Budget, check_schema
 
 MAX_TOOLS = 128
-MAX_NODES = 8192  # schemas of all tools together: a node is about 1.5 us
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -40,12 +39,16 @@ class ToolChoice(msgspec.Struct, frozen=True):
         """Whether this function may be called."""
         return self.mode != "none" and (self.names is None or name in self.names)
 
+    def chosen(self, tools: Sequence[Tool]) -> list[Tool]:
+        """Those of the tools that may be called."""
+        return [tool for tool in tools if self.allows(tool.name)]
+
 
 def check_tools(tools: Any, param: str = "tools") -> list[Tool]:
     """The request's tools. Raises InvalidRequest naming the exact place of what is wrong."""
     if not isinstance(tools, list) or not 1 <= len(tools) <= MAX_TOOLS:
         raise InvalidRequest(f"{param} = {show(tools)}: expected a list of 1 … {MAX_TOOLS} tools.", param=param)
-    budget = Budget(MAX_NODES)
+    budget = Budget(MAX_UNITS)
     checked: list[Tool] = []
     names: set[str] = set()
     for index, value in enumerate(tools):

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 
+from asyncllm.router.output.base import ToolFormat
 from asyncllm.router.output.gemma import Gemma, Gemma4
 from asyncllm.router.output.hermes import Hermes
 from asyncllm.router.output.llama3 import Llama3Json
@@ -11,13 +12,13 @@ from asyncllm.router.output.mistral import Mistral
 from asyncllm.router.output.parser import OutputParser
 from asyncllm.router.output.parts import Part, PartKind, merge
 from asyncllm.router.output.pythonic import Pythonic
+from asyncllm.router.output.qwen3_coder import Qwen3Coder
 from asyncllm.router.output.reasoning import ReasoningFormat
-from asyncllm.router.output.tool_format import ToolFormat
 from asyncllm.router.output.tools import Tool, check_tools
 
-PLAIN = ModelMarkers({})
+PLAIN = ModelMarkers()
 FORMATS: dict[str, ToolFormat] = {
-    form.name: form(PLAIN) for form in (Hermes, Llama3Json, Pythonic, Mistral, Gemma, Gemma4)
+    form.name: form(PLAIN) for form in (Hermes, Llama3Json, Pythonic, Mistral, Gemma, Gemma4, Qwen3Coder)
 }
 
 
@@ -27,7 +28,13 @@ def tool(name: str, **parameters: object) -> dict[str, object]:
     return {"type": "function", "function": {"name": name, "parameters": schema}}
 
 
-TOOLS: list[Tool] = check_tools([tool("f"), tool("g"), tool("get_weather", city={"type": "string"})])
+TOOLS: list[Tool] = check_tools(
+    [
+        tool("f", n={"type": "integer"}, l={"type": ["array", "null"]}),
+        tool("g"),
+        tool("get_weather", city={"type": "string"}),
+    ]
+)
 
 
 class Result:

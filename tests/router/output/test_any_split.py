@@ -54,6 +54,18 @@ TEXTS = {
         "<start_function_call>call:f{a:<escape>cut <esc",
     ],
     "gemma4": ['<|tool_call>call:f{a:<|"|>x<|"|>,b:{<|"|>k<|"|>:null}}<tool_call|><|tool_call>call:f{"a":"b"}'],
+    "qwen3_coder": [
+        '<tool_call>\n<function=f>\n<parameter=a>\n</x>\n\n"é"\n</parameter>\n<parameter=n>\n1_0\n</parameter>\n</function>'
+        "\n</tool_call> then <tool_call>\n<function=g>\n</function>\n</tool_call>",
+        "So <function=f>\n<parameter=l>[1, {'k': None}]</parameter></function>\n</tool_call><function=g></function>",
+        "<tool_call>\n<function=h>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call> after",
+        "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\nis all</tool_call><tool_call><function=g>\n</func",
+        "<tool_call>\n<function=f>\n<parameter=a>\nnever ends\n</param",
+        '<function=f>\n{}</function> <tool_call>\n{"name": "f"}\n</tool_call>',
+        "<function=f>\n<parameter=l>\n[1, 2\n</parameter>\n<parameter="
+        + "k" * 300
+        + ">\n1\n</parameter></function></tool_call>!",
+    ],
 }
 CASES = [(form, text) for form, texts in TEXTS.items() for text in texts]
 
@@ -99,7 +111,9 @@ def test_a_text_that_calls_nothing_is_content_as_written(form: str) -> None:
     random_ = random.Random(seed)
     num_texts = 0
     for _ in range(300):
-        text = mutated(random_.choice(TEXTS[form]).replace('"f"', '"h"').replace("f(", "h("), random_)
+        text = mutated(
+            random_.choice(TEXTS[form]).replace('"f"', '"h"').replace("f(", "h(").replace("=f>", "=h>"), random_
+        )
         result = read(cut(text, random_), form)
         if not result.parser.num_calls:
             num_texts += 1

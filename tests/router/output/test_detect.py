@@ -11,6 +11,7 @@ from asyncllm.router.tokenizer import Tokenizer
     [
         ("{{ '<tool_call>\\n{\"name\": \"' }}", "hermes"),
         ("{{ '<tool_call>\\n<function=' + name }}", None),
+        ("{{ '<tool_call>\\n<function=' + name + '>\\n<parameter=' + key + '>\\n' }}", "qwen3_coder"),
         ("{{ '<|python_tag|>' }}", "llama3_json"),
         ("Respond in the format {\"name\": function name, \"parameters\": dictionary", "llama3_json"),
         ("<|python_start|> {\"name\": function name, \"parameters\": dictionary", "llama3_json"),

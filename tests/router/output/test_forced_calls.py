@@ -4,14 +4,16 @@ import json
 import random
 from collections.abc import Sequence
 
+import jsonschema
 import llguidance
 import pytest
 import tokenizers
 
 from asyncllm.errors import InvalidRequest
+from asyncllm.router.output.base import ToolFormat
 from asyncllm.router.output.parser import OutputParser
 from asyncllm.router.output.parts import PartKind
-from asyncllm.router.output.tool_format import TOOL_FORMATS, ToolFormat, tool_format
+from asyncllm.router.output.tool_format import TOOL_FORMATS, tool_format
 from asyncllm.router.output.tools import Tool, ToolChoice, check_tools
 from asyncllm.router.tokenizer import Tokenizer
 from tests.router.output.harness import tool
@@ -28,6 +30,7 @@ WEATHER = {
     "additionalProperties": False,
     "$defs": {"Unit": {"enum": ["C", "F"]}},
 }
+NOTHING = {"type": "object", "additionalProperties": False}
 TOOLS = check_tools(
     [
         {"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}},
@@ -70,6 +73,12 @@ EXAMPLES = {
         '<|tool_call>call:get_weather{city:"é"}<tool_call|>',
         "<|tool_call>call:maybe{b:null}<tool_call|>",
         "",
+    ),
+    "qwen3_coder": (
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\né\n</parameter>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=maybe>\n<parameter=b>\nnull\n</parameter>\n</function>\n</tool_call>",
+        "\n",
     ),
 }
 FRAMES = {"pythonic": ("[", "]"), "mistral": ("[TOOL_CALLS][", "]")}
@@ -117,12 +126,23 @@ def matcher(smollm2: Tokenizer) -> Matcher:
     return Matcher(smollm2)
 
 
+def with_markers(tokenizer: Tokenizer, *, special: bool) -> Matcher:
+    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+    markers = sorted({marker for name in TOOL_FORMATS for marker in tool_format(name, tokenizer).markers})
+    backend.add_tokens([tokenizers.AddedToken(marker, special=special) for marker in markers])
+    return Matcher(Tokenizer(backend, tokenizer.text))
+
+
+@pytest.fixture(scope="module")
+def token_matcher(smollm2: Tokenizer) -> Matcher:
+    """A tokenizer in which every format's markers are tokens, though no special ones: Qwen's is so."""
+    return with_markers(smollm2, special=False)
+
+
 @pytest.fixture(scope="module")
 def special_matcher(smollm2: Tokenizer) -> Matcher:
     """A tokenizer in which every format's markers are special tokens."""
-    backend = tokenizers.Tokenizer.from_str(smollm2._backend.to_str())
-    backend.add_special_tokens([marker for name in TOOL_FORMATS for marker in tool_format(name, smollm2).markers])
-    return Matcher(Tokenizer(backend, smollm2.text))
+    return with_markers(smollm2, special=True)
 
 
 def framed(name: str, *calls: str) -> str:
@@ -153,7 +173,7 @@ def test_required_takes_one_call_or_more_and_nothing_else(name: str, matcher: Ma
     assert not matcher.accepts(source, "")
     assert not matcher.accepts(source, "Hello")
     assert not matcher.accepts(source, framed(name, now.replace("now", "never")))
-    assert not matcher.accepts(source, framed(name, weather.replace('"é"', "1")))
+    assert not matcher.accepts(source, framed(name, weather.replace("é", "é" * 9)))
     assert not matcher.accepts(source, framed(name, weather.replace("city", "town")))
 
 
@@ -189,22 +209,21 @@ def test_without_parallel_calls_there_is_one_of_any_allowed_function(name: str, 
 
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
-@pytest.mark.parametrize("are_special", [False, True])
+@pytest.mark.parametrize("kind", ["matcher", "token_matcher", "special_matcher"])
 def test_whatever_the_grammar_allows_is_calls_to_the_parser(
-    name: str, are_special: bool, matcher: Matcher, special_matcher: Matcher
+    name: str, kind: str, request: pytest.FixtureRequest
 ) -> None:
     seed = random.randrange(2**32)
     random_ = random.Random(seed)
-    used = special_matcher if are_special else matcher
+    used: Matcher = request.getfixturevalue(kind)
     form = tool_format(name, used.tokenizer)
     source = form.grammar(TOOLS, REQUIRED)
-    texts = [text for text in (used.sample(source, random_) for _ in range(8)) if text is not None]
+    texts = [text for text in (used.sample(source, random_) for _ in range(5)) if text is not None]
     assert texts, seed
     for text in texts:
         for called, arguments in calls_in(form, text):
-            assert isinstance(arguments, dict), (seed, text)
-            assert called != "now" or arguments == {}, (seed, text)
-            assert called != "get_weather" or "city" in arguments, (seed, text)
+            (schema,) = [used_tool.parameters or NOTHING for used_tool in TOOLS if used_tool.name == called]
+            assert jsonschema.Draft202012Validator(schema).is_valid(arguments), (seed, text)
 
 
 def test_markers_that_are_special_tokens_are_tokens_in_the_grammar(special_matcher: Matcher) -> None:
@@ -223,7 +242,7 @@ def test_markers_that_are_special_tokens_are_tokens_in_the_grammar(special_match
         {"type": "object", "required": ["a"]},
     ],
 )
-@pytest.mark.parametrize("name", ["pythonic", "gemma"])
+@pytest.mark.parametrize("name", ["pythonic", "gemma", "qwen3_coder"])
 def test_what_keyword_arguments_cannot_be_forced_to_obey_is_refused(
     name: str, schema: dict[str, object], smollm2: Tokenizer
 ) -> None:
@@ -240,3 +259,81 @@ def test_keyword_arguments_that_may_be_left_out_may_be_left_out_in_any_way(match
         assert matcher.accepts(source, f"[f({text})]")
     for text in ("a=1,", ", b=1", "b=1, a=1", "a=1b=1", "a"):
         assert not matcher.accepts(source, f"[f({text})]")
+
+
+def parameter(text: str) -> str:
+    return f"<tool_call>\n<function=f>\n<parameter=a>\n{text}\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({}, ["", "x", "two\nlines < 3", '"quoted"'], []),
+        ({"type": "string", "description": "any"}, ["x"], []),
+        ({"enum": ["red", "light\nred"]}, ["red", "light\nred"], ["green", '"red"', "redred"]),
+        ({"const": "red"}, ["red"], ["blue"]),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "é\né"], ["a", "abcd"]),
+        ({"type": "string", "pattern": "^[a-c/]+$"}, ["a/c"], ["d", "a b"]),
+        ({"type": "string", "pattern": "[0-9]{2}"}, ["in 12 days", "12"], ["1 day"]),
+        ({"type": "string", "pattern": "[0-9]\\$"}, ["5$ a"], ["5"]),
+        ({"type": "string", "format": "date"}, ["2024-02-29"], ["2023-02-29", "tomorrow"]),
+        ({"$ref": "#/$defs/Color"}, ["red"], ["blue"]),
+        ({"type": "integer", "maximum": 5}, ["5"], ["6", "five", ""]),
+        ({"type": ["string", "null"]}, ["null", '"x"'], ["x"]),
+        ({"type": "array", "items": {"type": "boolean"}}, ["[true, false]"], ["[1]", "true"]),
+    ],
+)
+def test_qwen3_coder_arguments_are_bare_text_that_obeys_its_schema(
+    schema: dict[str, object], right: list[str], wrong: list[str], matcher: Matcher
+) -> None:
+    defs = {"Color": {"enum": ["red"]}}
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"], "$defs": defs}
+    tools = check_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    form = tool_format("qwen3_coder", matcher.tokenizer)
+    source = form.grammar(tools, REQUIRED)
+    for text in right:
+        assert matcher.accepts(source, parameter(text)), text
+        ((_, arguments),) = calls_in(form, parameter(text), tools)
+        assert jsonschema.Draft202012Validator(parameters).is_valid(arguments), arguments
+    for text in [*wrong, "</parameter>" * 2]:
+        assert not matcher.accepts(source, parameter(text)), text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pythonic", "[f(x=3, y_2=9)]"),
+        ("gemma", "<start_function_call>call:f{x:3,y_2:9}<end_function_call>"),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=f>\n<parameter=x>\n3\n</parameter>\n<parameter=y_2>\n9\n</parameter>\n</function>"
+            "\n</tool_call>",
+        ),
+    ],
+)
+def test_functions_that_take_any_names_are_called_with_any(name: str, text: str, matcher: Matcher) -> None:
+    schema = {"type": "object", "additionalProperties": {"type": "integer", "maximum": 9}}
+    tools = check_tools([{"type": "function", "function": {"name": "f", "parameters": schema}}])
+    form = tool_format(name, matcher.tokenizer)
+    source = form.grammar(tools, REQUIRED)
+    assert matcher.accepts(source, text)
+    assert not matcher.accepts(source, text.replace("9", "10"))
+    assert calls_in(form, text, tools) == [("f", {"x": 3, "y_2": 9})]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "format": "uri"},
+        {"type": "string", "allOf": [{"minLength": 1}]},
+        {"enum": ["</parameter>"]},
+        {"$ref": "#/$defs/A"},
+    ],
+)
+def test_what_bare_text_cannot_be_forced_to_obey_is_refused(schema: dict[str, object], smollm2: Tokenizer) -> None:
+    defs = {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}
+    parameters = {"type": "object", "properties": {"a": schema}, "$defs": defs}
+    tools = check_tools([{"type": "function", "function": {"name": "odd", "parameters": parameters}}])
+    with pytest.raises(InvalidRequest, match=r"parameters of odd use (format|allOf|enum|\$ref) = ") as caught:
+        tool_format("qwen3_coder", smollm2).grammar(tools, REQUIRED)
+    assert caught.value.param == "tools"

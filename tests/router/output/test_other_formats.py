@@ -5,8 +5,10 @@ import re
 
 import pytest
 
+from asyncllm.router.output.parser import OutputParser
 from asyncllm.router.output.parts import PartKind
-from tests.router.output.harness import FORMATS, read
+from asyncllm.router.output.tools import check_tools
+from tests.router.output.harness import FORMATS, read, tool
 
 
 def arguments_of(text: str, form: str) -> object:
@@ -168,3 +170,76 @@ def test_gemma_parts_come_in_order(form: str) -> None:
         PartKind.CONTENT,
     ]
     assert result.parts[-1].text == f" {start}call:nobody{{}}{end}"
+
+
+# --- qwen3_coder ------------------------------------------------------------------------------------------------------
+
+
+def coder_value(text: str, schema: object) -> object:
+    """What becomes of a parameter's text."""
+    tools = check_tools([tool("f", a=schema)])
+    parser = OutputParser(FORMATS["qwen3_coder"], None, False, tools)
+    call = f"<tool_call>\n<function=f>\n<parameter=a>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    parts = [part for character in call for part in parser.push(character)] + parser.finish()
+    assert parser.has_calls and parts[0].kind is PartKind.CALL_BEGIN
+    return json.loads("".join(part.text for part in parts))["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ("5", {"type": "string"}, "5"),
+        ("5", {}, "5"),
+        ('say "hi"\n\n\\n\ttrue ', {"type": "string"}, 'say "hi"\n\n\\n\ttrue '),
+        ("\n x \n", {"type": "string"}, "\n x \n"),
+        ("", {"type": "string"}, ""),
+        ("5", {"type": "integer"}, 5),
+        ("-2.5e3", {"type": "number"}, -2500.0),
+        ("3.0", {"type": "integer"}, 3),
+        ("3.5", {"type": "integer"}, "3.5"),
+        ("five", {"type": "integer"}, "five"),
+        ("123456789012345678901234567890", {"type": "integer"}, 123456789012345678901234567890),
+        ("9" * 5000, {"type": "integer"}, "9" * 5000),
+        ("Infinity", {"type": "number"}, "Infinity"),
+        ("true", {"type": "boolean"}, True),
+        ("False", {"type": "boolean"}, False),
+        ("1", {"type": "boolean"}, "1"),
+        ("None", {"type": ["integer", "null"]}, None),
+        ("null", {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        ("Paris", {"anyOf": [{"type": "string"}, {"type": "null"}]}, "Paris"),
+        ('{"k": [1]}', {"type": "object"}, {"k": [1]}),
+        ("{'k': (True, None)}", {"type": "object"}, {"k": [True, None]}),
+        ("[1, 2] and more", {"type": "array"}, "[1, 2] and more"),
+        ("[" * 100_000, {"type": "array"}, "[" * 100_000),
+        ("2", {"enum": [1, 2, 3]}, 2),
+        ("[1]", {"items": {"type": "integer"}}, [1]),
+        ("1", {"oneOf": [{"$ref": "#/properties/a"}, {"type": "integer"}]}, 1),
+        ("1", {"allOf": [{"description": "x"}, {"type": "integer"}]}, 1),
+    ],
+)
+def test_qwen3_coder_values_are_what_the_schema_says(text: str, schema: object, value: object) -> None:
+    assert coder_value(text, schema) == value
+
+
+def test_qwen3_coder_strings_stream_as_they_come() -> None:
+    result = read(["<tool_call>\n<function=f>\n<parameter=a>\nfirst ", "second\n", "</parameter>"], "qwen3_coder")
+    assert [part.text for part in result.pieces[1:6]] == ["{", '"a": ', '"', "first ", "second"]
+
+
+def test_qwen3_coder_calls_need_no_marker_but_a_function_that_is_there() -> None:
+    result = read("Well.\n<function=g>\n</function>\n</tool_call>\n\n<function=g></function> Done.", "qwen3_coder")
+    assert result.calls == [("g", "{}"), ("g", "{}")]
+    assert result.content == "Well.\nDone." or result.content == "Well.\n Done."
+    for text in ("<function=h>\n</function>", "<tool_call>\n{}\n</tool_call>", "def <function=f>: (x)", "<function=f>"):
+        result = read(list(text), "qwen3_coder")
+        assert result.content == text
+        assert not result.parser.num_calls
+
+
+def test_qwen3_coder_calls_that_break_go_on_to_their_end_marker() -> None:
+    result = read(
+        "<tool_call>\n<function=f>\n<parameter=n>\n1\n</parameter>\nDone</tool_call><function=g></function>",
+        "qwen3_coder",
+    )
+    assert result.calls == [("f", '{"n": 1Done'), ("g", "{}")]
+    assert result.parser.is_broken

@@ -123,10 +123,26 @@ def test_nesting_and_size_are_limited() -> None:
     with pytest.raises(InvalidRequest, match="more than 192 deep"):
         check_tools(in_property(hollow))
     with pytest.raises(InvalidRequest, match="too large"):
-        check_tools([tool(f"f{i}", **{f"p{k}": {} for k in range(100)}) for i in range(90)])
+        check_tools([tool(f"f{i}", **{f"p{k}": {} for k in range(100)}) for i in range(128)])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {f"p{k}": {"type": "string", "title": "x"} for k in range(4000)}},
+        {"properties": {f"p{k}": {"pattern": f"{k}" * 1000} for k in range(60)}},
+        {"properties": {f"p{k}": {"pattern": f"a{k}"} for k in range(500)}},
+        {"required": [str(k) for k in range(40_000)]},
+        {"enum": list(range(40_000))},
+        {"default": [[]] * 40_000},
+        {"dependentRequired": {str(k): [] for k in range(20_000)}},
+        {str(k): k for k in range(20_000)},
+    ],
+    ids=lambda schema: next(iter(schema)),
+)
+def test_whatever_a_schema_is_large_by_is_bounded(schema: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="too large"):
-        check_tools([tool("f", **{f"p{k}": {"pattern": f"{k}" * 1000} for k in range(1, 10)} | {
-            f"q{k}": {"pattern": f"{k}" * 1000} for k in range(10, 40)})])  # fmt: skip
+        check_tools([{"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}])
 
 
 def test_templates_get_the_tool_as_it_came_with_parameters_always_there() -> None:
