@@ -58,12 +58,19 @@ class ModelConfig(Table, frozen=True):
     load_format: Literal["auto", "dummy"] = "auto"  # dummy = random weights in the model's shapes, for load tests
     generation_config: Literal["auto", "ignore"] = "auto"  # auto = its sampling defaults and ends of turns count
     dtype: DType = "auto"  # auto = the checkpoint's, bfloat16 for quantized files; float32 where a CPU lacks bfloat16
+    quantization: Literal["auto", "none"] = "auto"  # auto = a CPU reads a file's 4-bit blocks as they are for few rows
     device: str = "auto"  # cpu, cuda, cuda:1; auto = cuda where there is one
     chat_template: str = ""  # Jinja file, or chatml, gemma, generic, llama3, mistral; empty = the checkpoint's
     tool_parser: str = "auto"  # how it writes tool calls: hermes, qwen3_coder, mistral, …; auto = by its template
     reasoning_parser: str = "auto"  # how it thinks aloud: think, magistral, none; auto = by its template
     pooling: Literal["last", "mean"] = "last"  # hidden states of an embedding: last = the last token's, mean = of all
     max_context_length: NonNegative = 0  # tokens of prompt plus output; 0 = the model's own
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn"] = "none"  # how to reach a longer context than its own
+
+    @property
+    def name(self) -> str:
+        """What clients call it."""
+        return self.served_name or self.path.rstrip("/").rsplit("/", 1)[-1]
 
 
 class CacheConfig(Table, frozen=True):
@@ -105,6 +112,20 @@ class ExecutorConfig(Table, frozen=True):
     loop_cores: str = ""  # CPU cores of the event loop and the tokenizer's threads, as in "0-1"; empty = any
 
 
+class SpeculativeConfig(Table, frozen=True):
+    """Speculative decoding by prompt lookup: guessed tokens are verified together; the text is that of none."""
+
+    method: Literal["off", "ngram"] = "off"  # of requests that name no speculative_tokens: ngram = guess, off = do not
+    num_speculative_tokens: Annotated[int, Meta(ge=1, le=16)] = 8  # tokens guessed per step of a sequence
+    prompt_lookup_min: Annotated[int, Meta(ge=1, le=16)] = 3  # last tokens that must have stood there before
+    prompt_lookup_max: Annotated[int, Meta(ge=1, le=64)] = 8  # last tokens compared to choose among such places
+    disable_by_batch_size: Positive = 8  # sequences running above which nobody guesses
+    auto_off: bool = True  # a sequence stops guessing while that costs it more than it saves
+
+
+ONLY_ON_REQUEST = SpeculativeConfig()
+
+
 class ApiConfig(Table, frozen=True):
     """What the HTTP API accepts."""
 
@@ -116,6 +137,13 @@ class ApiConfig(Table, frozen=True):
     reasoning_fields: tuple[str, ...] = ("reasoning_content", "reasoning")  # where chat answers show thinking
     max_choices: Annotated[int, Meta(ge=1, le=1024)] = 128  # prompts x n (or best_of) of one request
     tokenizer_threads: Annotated[int, Meta(ge=1, le=16)] = 1  # threads that tokenize beside the event loop
+
+
+class LoRAConfig(Table, frozen=True):
+    """Adapters in PEFT's format, each served beside the model under a name of its own."""
+
+    adapters: dict[str, str] = {}  # name clients use = directory or hub name of the adapter
+    max_total_rank: Positive = 512  # largest sum of the adapters' ranks, which every token pays for
 
 
 class LoggingConfig(Table, frozen=True):
@@ -141,7 +169,9 @@ class Config(Table, frozen=True):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     executor: ExecutorConfig = ExecutorConfig()
+    speculative: SpeculativeConfig = SpeculativeConfig()
     api: ApiConfig = ApiConfig()
+    lora: LoRAConfig = LoRAConfig()
     logging: LoggingConfig = LoggingConfig()
     metrics: MetricsConfig = MetricsConfig()
 
@@ -244,7 +274,7 @@ def _convert(struct: type, values: Any, where: typing.Callable[[str], str], tabl
 
 
 def _apply_environment(data: dict[str, Any], environ: typing.Mapping[str, str]) -> None:
-    """ASYNCLLM_SERVER__PORT=9000 sets server.port; lists are comma-separated."""
+    """ASYNCLLM_SERVER__PORT=9000 sets server.port; lists, and pairs name=value, are comma-separated."""
     tables = {f.name: f.type for f in msgspec.structs.fields(Config)}
     for variable, raw in environ.items():
         if not variable.startswith(ENV_PREFIX) or "__" not in variable:
@@ -255,7 +285,11 @@ def _apply_environment(data: dict[str, Any], environ: typing.Mapping[str, str]) 
         known = {f.name: f.type for f in msgspec.structs.fields(tables[table])}
         if key not in known:
             raise ConfigError(f"environment: {variable}: unknown key {table}.{key}{_nearest(key, known)}")
-        value: Any = [part.strip() for part in raw.split(",") if part.strip()] if _is_list(known[key]) else raw
+        value: Any = raw
+        if _is_list(known[key]) or _is_pairs(known[key]):
+            value = [part.strip() for part in raw.split(",") if part.strip()]
+        if _is_pairs(known[key]):
+            value = dict(_pair(variable, part) for part in value)
         if _base(known[key]) is bool:
             value = {
                 "1": True,
@@ -282,6 +316,17 @@ def _is_list(annotation: Any) -> bool:
     return typing.get_origin(annotation) is tuple
 
 
+def _is_pairs(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is dict
+
+
+def _pair(variable: str, text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f"environment: {variable}: {show(text)}: expected name=value")
+    return name.strip(), value.strip()
+
+
 def _check_sense(config: Config) -> None:
     """Rules between keys."""
     scheduler = config.scheduler
@@ -295,8 +340,21 @@ def _check_sense(config: Config) -> None:
             f"scheduler.default_timeout_s = {scheduler.default_timeout_s} is above scheduler.max_timeout_s = "
             f"{scheduler.max_timeout_s}"
         )
+    speculative = config.speculative
+    if speculative.prompt_lookup_min > speculative.prompt_lookup_max:
+        raise ConfigError(
+            f"speculative.prompt_lookup_min = {speculative.prompt_lookup_min} is above speculative.prompt_lookup_max = "
+            f"{speculative.prompt_lookup_max}"
+        )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.model.device):
         raise ConfigError(f"model.device = {show(config.model.device)}: expected auto, cpu, cuda or cuda:N")
+    for name in config.lora.adapters:
+        if not re.fullmatch(r"[\w./:@+-]+", name):
+            raise ConfigError(f"lora.adapters: {show(name)!r} is no name: letters, digits and . _ / : @ + - make one")
+        if name in (config.model.name, *config.model.aliases):
+            raise ConfigError(
+                f"lora.adapters.{name}: the model itself has this name (model.served_name, model.aliases): take another"
+            )
     parse_cores(config.executor.engine_cores, "executor.engine_cores")
     parse_cores(config.executor.loop_cores, "executor.loop_cores")
 
@@ -316,7 +374,13 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f'"{k}" = {_toml(v)}' for k, v in value.items()) + "}"
     return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    return field.default_factory() if field.default is msgspec.NODEFAULT else field.default
 
 
 def default_toml() -> str:
@@ -325,7 +389,7 @@ def default_toml() -> str:
     for table in msgspec.structs.fields(Config):
         comments = field_comments(table.type)
         lines += [f"# {inspect.getdoc(table.type)}", f"[{table.name}]"]
-        lines += [f"{f.name} = {_toml(f.default)}  # {comments[f.name]}" for f in msgspec.structs.fields(table.type)]
+        lines += [f"{f.name} = {_toml(_default(f))}  # {comments[f.name]}" for f in msgspec.structs.fields(table.type)]
         lines.append("")
     return "\n".join(lines)
 
@@ -336,6 +400,8 @@ def _type_name(annotation: Any) -> str:
         return " \\| ".join(f'"{v}"' for v in typing.get_args(base))
     if _is_list(base):
         return "list of strings"
+    if _is_pairs(base):
+        return "table of strings"
     return {int: "integer", float: "number", str: "string", bool: "boolean"}[base]
 
 
@@ -348,7 +414,8 @@ def markdown() -> str:
         "",
         "`asyncllm-server config.toml` reads one TOML file. `asyncllm-server --check config.toml` checks it,",
         "`asyncllm-server --print-default` writes one with every key. Each key can be overridden by an environment",
-        "variable named `ASYNCLLM_<TABLE>__<KEY>`, such as `ASYNCLLM_SERVER__PORT=9000`; lists are comma-separated.",
+        "variable named `ASYNCLLM_<TABLE>__<KEY>`, such as `ASYNCLLM_SERVER__PORT=9000`; lists, and the pairs",
+        "`name=value` of a table, are comma-separated.",
         "An unknown table or key stops the start, with its line and the nearest known name.",
     ]
     for table in msgspec.structs.fields(Config):
@@ -364,7 +431,7 @@ def markdown() -> str:
         ]
         for field in msgspec.structs.fields(table.type):
             lines.append(
-                f"| `{field.name}` | {_type_name(field.type)} | `{_toml(field.default)}` | {comments[field.name]} |"
+                f"| `{field.name}` | {_type_name(field.type)} | `{_toml(_default(field))}` | {comments[field.name]} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -239,6 +239,9 @@ class _Exporter(Collector):
             ("num_preemptions", "Sequences preempted to free KV blocks", stats.num_preemptions),
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_queried_tokens),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_hit_tokens),
+            ("spec_decode_num_drafts", "Rows with draft tokens to verify", stats.num_drafts),
+            ("spec_decode_num_draft_tokens", "Draft tokens verified", stats.num_draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Draft tokens that were right", sum(stats.num_accepted_tokens)),
             ("output_stalls", "Times the engine waited for room in the outputs ring", stats.num_output_stalls),
             ("graph_steps", "Steps replayed from a captured graph", stats.num_graph_steps),
             ("steps", "Steps in all", stats.num_steps),
@@ -248,6 +251,9 @@ class _Exporter(Collector):
         ]
         for name, help_text, value in rows:
             yield self._family(CounterMetricFamily, name, help_text, {(): value}, ())
+        by_place = {(str(place),): count for place, count in enumerate(stats.num_accepted_tokens)}
+        name, help_text = "spec_decode_num_accepted_tokens_per_pos", "Draft tokens that were right, by place"
+        yield self._family(CounterMetricFamily, name, help_text, by_place, ("position",))
         for name, counter in metrics.labelled_counters():
             help_text = LABELLED_HELP[name]
             yield self._family(CounterMetricFamily, name, help_text, counter.values, counter.labels)
@@ -316,6 +322,7 @@ def markdown() -> str:
     ]
     labels = {
         "ring_depth": "ring", "startup_seconds": "phase", "step_seconds": "phase", "gc_pause_seconds": "generation",
+        "spec_decode_num_accepted_tokens_per_pos": "position",
     }  # fmt: skip
     metrics = Metrics("asyncllm", "")
     for name, counter in metrics.labelled_counters():

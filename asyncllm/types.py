@@ -49,6 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     logprobs: int | None = None  # alternatives per generated token; 0 = the sampled token alone; None = none
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
+    speculative_tokens: int | None = None  # drafts to verify in a step at most, 0 = none; None = as configured
 
     @property
     def has_penalties(self) -> bool:
@@ -92,6 +93,7 @@ class Submit(msgspec.Struct, frozen=True):
     after: int = 0  # a sibling's request_id: wait until it has computed the shared prompt; 0 = none
     constraint: Constraint | None = None  # this sequence's own
     pooling: Pooling | None = None  # hand out sums of the prompt's hidden states; with max_tokens = 0
+    adapter: int = 0  # in the order of lora.adapters, from 1; 0 = none
 
 
 class Abort(msgspec.Struct, frozen=True):
@@ -150,6 +152,9 @@ class StepStats(msgspec.Struct):
     num_preemptions: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    num_drafts: int = 0  # rows with drafts
+    num_draft_tokens: int = 0
+    num_accepted_tokens: tuple[int, ...] = ()  # draft tokens that were right, by their place in a draft
     num_output_stalls: int = 0  # times the outputs ring was full
     device_busy_s: float = 0.0  # sum of device_s
     device_gap_s: float = 0.0  # sum of gap_s
@@ -158,15 +163,19 @@ class StepStats(msgspec.Struct):
 class StepOutput(msgspec.Struct):
     """engine -> loop, one per step. Columns are parallel; the rest is sparse and None when nobody needs it."""
 
-    request_ids: list[int]
-    token_ids: list[int]
+    request_ids: list[int]  # each once
+    token_ids: list[int]  # its last token in this step
     finished: dict[int, Finished]
     logprobs: dict[int, TokenLogprobs] | None = None  # of the token in this step's columns
     prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None  # next positions of the prompt, in order
     started: dict[int, Started] | None = None
     pooled: dict[int, Floats] | None = None  # [hidden], sums of hidden states: a request's are to be added up
+    runs: dict[int, list[int]] | None = None  # tokens of this step in front of the one in the columns: drafts, right
     stats: StepStats | None = None
     committed_s: float = 0.0
+
+
+MIN_SAMPLES = 64  # a step may sample so many tokens, however few sequences can run
 
 
 class Capacity(msgspec.Struct, frozen=True):
@@ -178,6 +187,11 @@ class Capacity(msgspec.Struct, frozen=True):
     max_context_length: int  # tokens of prompt plus output
     vocab_size: int
     hidden_size: int = 0  # numbers of a hidden state
+
+    @property
+    def max_samples(self) -> int:
+        """Tokens a step may sample: one of each sequence, or more of fewer sequences that have drafts to verify."""
+        return max(self.max_sequences, MIN_SAMPLES)
 
     @property
     def num_kv_tokens(self) -> int:

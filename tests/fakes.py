@@ -47,6 +47,16 @@ def pseudo_random_token(vocab_size: int) -> NextToken:
     return lambda tokens: hash_of(tokens) % vocab_size
 
 
+def repeating_token(vocab_size: int, period: int = 5) -> NextToken:
+    """A next token that mostly is the one a few places back, so that drafts are right, and now and then is not."""
+
+    def next_token(tokens: Sequence[int]) -> int:
+        value = hash_of(tokens)
+        return tokens[-period] if len(tokens) >= period and value % 7 else value % vocab_size
+
+    return next_token
+
+
 def choose(
     next_token: NextToken, tokens: Sequence[int], banned: Sequence[int], vocab_size: int, mask: bytes | None = None
 ) -> int:
@@ -132,6 +142,7 @@ class FakeExecutor:
     ) -> None:
         self.capacity = capacity
         self.depth = depth
+        self.balance_tokens = 16
         self.facts = {"device": "fake"}
         self.next_token = next_token or pseudo_random_token(capacity.vocab_size)
         self.fail_launch_at = fail_launch_at
@@ -158,6 +169,7 @@ class FakeExecutor:
         self.kv: dict[tuple[int, int], int] = {}  # (block id, offset) -> prefix hash
         self.slot_tokens: list[list[int]] = [[] for _ in range(capacity.max_sequences)]
         self.block_tables: list[dict[int, int]] = [{} for _ in range(capacity.max_sequences)]
+        self.slot_adapters = [0] * capacity.max_sequences  # what the hash of a prefix begins with
 
     def launch(self, plan: StepPlan) -> FakeHandle:
         assert not self.closed and len(self.in_flight) < self.depth, "more steps in flight than the executor allows"
@@ -169,6 +181,7 @@ class FakeExecutor:
         self._check_shape(plan)
         for new in plan.new_slots:
             self.slot_tokens[new.slot] = list(new.token_ids)
+            self.slot_adapters[new.slot] = new.adapter
             self.block_tables[new.slot] = {}
             self.slot_entries.append((self.num_steps, len(new.token_ids)))
         for slot, column, block_id in plan.block_writes:
@@ -207,6 +220,14 @@ class FakeExecutor:
         assert all(plan.samples[row] for row in plan.masks), "a row is masked that does not sample"
         for row, (first, end) in plan.pooled_rows.items():
             assert row >= plan.num_decode_rows and 0 <= first < end <= plan.num_query_tokens[row]
+        for row, draft in plan.drafts.items():
+            assert (
+                row >= plan.num_decode_rows and plan.samples[row] and 1 + len(draft) == plan.num_query_tokens[row] > 1
+            )
+            others = (plan.banned, plan.masks, plan.logprob_rows, plan.prompt_logprob_rows, plan.pooled_rows)
+            assert not any(row in other for other in others), "a row with drafts asks for nothing else"
+        num_samples = sum(plan.samples) + sum(map(len, plan.drafts.values()))
+        assert num_samples <= self.capacity.max_samples, "more samples than there is room for"
 
     def _query_tokens(self, plan: StepPlan) -> list[list[int]]:
         """[S] lists of input tokens, decode rows read from their slots."""
@@ -220,6 +241,10 @@ class FakeExecutor:
                 offset += count
         return queries
 
+    def _tokens(self, plan: StepPlan, row: int) -> list[int]:
+        """What the row's sequence is in this step: its tokens, and the drafts behind them."""
+        return self.slot_tokens[plan.slots[row]] + plan.drafts.get(row, [])
+
     def _address(self, slot: int, position: int) -> tuple[int, int]:
         return self.block_tables[slot][position // self.capacity.block_size], position % self.capacity.block_size
 
@@ -228,18 +253,20 @@ class FakeExecutor:
         written: set[tuple[int, int]] = set()
         for row, query in enumerate(self._query_tokens(plan)):
             slot, start = plan.slots[row], plan.num_computed_tokens[row]
-            assert query == self.slot_tokens[slot][start : start + len(query)], "input tokens are not the sequence's"
-            value = self.kv[self._address(slot, start - 1)] if start else 0
+            tokens = self._tokens(plan, row)
+            assert query == tokens[start : start + len(query)], "input tokens are not the sequence's"
+            assert row not in plan.drafts or start + len(query) == len(tokens), "drafts not behind the last token"
+            value = self.kv[self._address(slot, start - 1)] if start else self.slot_adapters[slot]
             for position, token_id in enumerate(query, start):
                 value = prefix_hash(value, token_id)
                 address = self._address(slot, position)
                 assert address not in written, "two rows write the same place"
                 written.add(address)
                 self.kv[address] = value
-        for slot, start, count in zip(plan.slots, plan.num_computed_tokens, plan.num_query_tokens):
-            expected = 0
-            for position in range(start + count):
-                expected = prefix_hash(expected, self.slot_tokens[slot][position])
+        for row, (slot, start) in enumerate(zip(plan.slots, plan.num_computed_tokens)):
+            expected, tokens = self.slot_adapters[slot], self._tokens(plan, row)
+            for position in range(start + plan.num_query_tokens[row]):
+                expected = prefix_hash(expected, tokens[position])
                 assert self.kv.get(self._address(slot, position)) == expected, f"wrong KV: {slot=} {position=}"
 
     def _sample(self, plan: StepPlan) -> StepResult:
@@ -265,6 +292,9 @@ class FakeExecutor:
             if not plan.samples[row]:
                 result.token_ids.append(-1)
                 continue
+            if row in plan.drafts:
+                self._verify(plan.drafts[row], row, tokens, result)
+                continue
             assert end == len(tokens), "only a row that reaches the end of its tokens may sample"
             token_id = choose(
                 self.next_token, tokens, plan.banned.get(row, ()), self.capacity.vocab_size, plan.masks.get(row)
@@ -275,3 +305,14 @@ class FakeExecutor:
             result.token_ids.append(token_id)
             tokens.append(token_id)
         return result
+
+    def _verify(self, draft: list[int], row: int, tokens: list[int], result: StepResult) -> None:
+        """Sample behind the last token and behind each draft; the slot keeps what the host will keep."""
+        samples = [self.next_token(tokens + draft[:count]) for count in range(len(draft) + 1)]
+        num_right = 0
+        while num_right < len(draft) and draft[num_right] == samples[num_right]:
+            num_right += 1
+        result.token_ids.append(-1)
+        result.verified = result.verified or {}
+        result.verified[row] = samples
+        tokens += samples[: num_right + 1]

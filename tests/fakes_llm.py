@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from asyncllm.executor import build
+from asyncllm.models.config import ModelArchitecture
 from asyncllm.server import lifecycle
 from tests.fakes import FakeExecutor
 from tests.server import harness
@@ -17,6 +18,20 @@ class FakeCheckpoint:
     """The text side of the harness's model."""
 
     text = harness.FACTS
+    architecture = ModelArchitecture(
+        family="llama",
+        vocab_size=harness.VOCAB_SIZE,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        max_position=harness.CAPACITY.max_context_length,
+        tie_word_embeddings=True,
+    )
 
     def tokenizer(self) -> Any:
         return harness.byte_tokenizer()

@@ -95,6 +95,7 @@ class ScriptedEngine:
         logprobs: dict[int, TokenLogprobs] | None = None,
         prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
         pooled: dict[int, list[float]] | None = None,
+        runs: dict[int, list[int]] | None = None,
         stats: StepStats | None = None,
     ) -> StepOutput:
         """One step, a second after the one before: a token per request id; `started`: id -> cached tokens."""
@@ -108,6 +109,7 @@ class ScriptedEngine:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             pooled=pooled and {i: np.array(sums, dtype=np.float32) for i, sums in pooled.items()},
+            runs=runs,
             stats=stats,
             committed_s=self.now_s,
         )

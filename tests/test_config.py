@@ -54,6 +54,13 @@ def test_an_unknown_table_is_named_with_its_line_and_the_nearest_known_table(wri
         ("[model]\ndevice = 'tpu'", r"model\.device = tpu: expected auto, cpu, cuda or cuda:N"),
         ("[executor]\nengine_cores = '1-x'", r"executor\.engine_cores = 1-x: expected cores such as 2 or 2,4-7"),
         ("[executor]\nloop_cores = '99999'", r"executor\.loop_cores = 99999: this process may not use core 99999"),
+        ("[lora]\nadapters = { sql = 5 }", r":2: lora\.adapters.*str.*int"),
+        ("[lora]\nadapters = { 'a b' = 'x' }", r"lora\.adapters: 'a b' is no name"),
+        ("[lora]\nadapters = { gpt = 'x' }\n[model]\naliases = ['gpt']", r"lora\.adapters\.gpt: the model itself"),
+        ("[lora]\nadapters = { m = 'x' }\n[model]\npath = '/models/m/'", r"lora\.adapters\.m: the model itself"),
+        ("[speculative]\nmethod = 'eagle'", r":2: speculative\.method = eagle: Invalid enum value"),
+        ("[speculative]\nnum_speculative_tokens = 17", r":2: speculative\.num_speculative_tokens = 17: .*<= 16"),
+        ("[speculative]\nprompt_lookup_min = 9", r"prompt_lookup_min = 9 is above speculative\.prompt_lookup_max = 8"),
         ("[executor]\nengine_cores = 2", r":2: executor\.engine_cores = 2: .*str.*int"),
         ("[cache]\nmemory_gib = -1", r":2: cache\.memory_gib = -1: .*>= 0"),
         ("[scheduler]\nmax_batched_tokens = 16", r"max_batched_tokens = 16 is below scheduler\.max_sequences = 256"),
@@ -87,6 +94,7 @@ def test_the_environment_overrides_every_kind_of_key(write) -> None:
             "ASYNCLLM_API__CORS_ORIGINS": "https://a.example, https://b.example",
             "ASYNCLLM_CACHE__MEMORY_GIB": "0.5",
             "ASYNCLLM_MODEL__PATH": "m.gguf",
+            "ASYNCLLM_LORA__ADAPTERS": "sql=/adapters/sql, chat=owner/chat",
             "PATH": "untouched",
         },
     )
@@ -95,6 +103,7 @@ def test_the_environment_overrides_every_kind_of_key(write) -> None:
     assert loaded.api.cors_origins == ("https://a.example", "https://b.example")
     assert loaded.cache.memory_gib == 0.5
     assert loaded.model.path == "m.gguf"
+    assert loaded.lora.adapters == {"sql": "/adapters/sql", "chat": "owner/chat"}
 
 
 @pytest.mark.parametrize(
@@ -103,12 +112,19 @@ def test_the_environment_overrides_every_kind_of_key(write) -> None:
         ("ASYNCLLM_SERVER__PORT", "many", r"ASYNCLLM_SERVER__PORT=many: Expected `int`"),
         ("ASYNCLLM_SERVER__PRT", "1", r"unknown key server\.prt; did you mean 'port'\?"),
         ("ASYNCLLM_SEVER__PORT", "1", r"unknown table 'sever'; did you mean 'server'\?"),
+        ("ASYNCLLM_LORA__ADAPTERS", "sql", r"ASYNCLLM_LORA__ADAPTERS: sql: expected name=value"),
         ("ASYNCLLM_API__STRICT", "perhaps", r"ASYNCLLM_API__STRICT=perhaps: Expected `bool`"),
     ],
 )
 def test_a_wrong_environment_variable_is_named(variable: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(None, {variable: value})
+
+
+def test_adapters_keep_their_order_and_may_be_a_table_of_their_own(write) -> None:
+    inline = load(write("[lora]\nadapters = { b = '/b', a = '/a' }\n"), {})
+    table = load(write("[lora.adapters]\nb = '/b'\na = '/a'\n"), {})
+    assert inline == table and list(inline.lora.adapters.items()) == [("b", "/b"), ("a", "/a")]
 
 
 def test_every_key_has_a_comment_which_is_its_documentation() -> None:

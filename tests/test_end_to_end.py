@@ -59,7 +59,8 @@ class Run:
             assert type(output).__name__ != "EngineDead", output
             if isinstance(output, StepOutput):
                 for request_id, token_id in zip(output.request_ids, output.token_ids, strict=True):
-                    self.tokens.setdefault(request_id, []).append(token_id)
+                    self.tokens.setdefault(request_id, []).extend((output.runs or {}).get(request_id, ()))
+                    self.tokens[request_id].append(token_id)
                 self.finished |= output.finished.keys()
                 for request_id, started in (output.started or {}).items():
                     self.cached[request_id] = started.num_cached_tokens

@@ -160,6 +160,28 @@ def test_what_is_no_prompt_at_all_is_refused(llm: LLM, prompts: Any) -> None:
     assert refused.value.param == "prompts"
 
 
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def entered(devices: Devices) -> list[int]:
+    """The adapter of each sequence that ran."""
+    return [new.adapter for plan in devices.executors[-1].plans for new in plan.new_slots]
+
+
+def test_a_call_may_name_an_adapter_of_the_configuration(devices: Devices) -> None:
+    with LLM(**OPTIONS, adapters={"sql": "nowhere/sql", "chat": "nowhere/chat"}) as llm:
+        llm.generate(["a", "b"], adapter="chat", max_tokens=1)
+        llm.generate("c", max_tokens=1)
+        llm.chat([{"role": "user", "content": "hi"}], adapter="sql", max_tokens=1)
+        list(llm.stream("d", adapter="chat", max_tokens=1))
+        list(llm.stream_chat([{"role": "user", "content": "ho"}], adapter="sql", max_tokens=1))
+        llm.embed("e", adapter="chat")
+        assert entered(devices) == [2, 2, 0, 1, 2, 1, 2]
+        for call in (llm.generate, llm.embed, lambda *a, **k: list(llm.stream(*a, **k))):
+            with pytest.raises(InvalidRequest, match=r"adapter = sq: not in lora\.adapters, which has sql, chat"):
+                call("a", adapter="sq")
+
+
 # --- conversations and streams ---------------------------------------------------------------------------------------
 
 

@@ -16,11 +16,11 @@ from asyncllm.layers.rotary import Rotary, rotate
 PREFIX_QUERY_CHUNK = 256
 # A further decode group costs every layer some calls; it pays once it saves about this many padded keys (measured).
 PADDED_KEYS_PER_GROUP = 1024
-# Keys in a decode group from which two batched products beat the fused kernel on a CPU in bfloat16. Whole steps of a
-# 135M model on 2 cores, fused against products, in ms: 1 x 150: 18.6, 20.0; 8 x 150: 25.4, 25.0; 8 x 1000: 50, 42;
-# 32 x 150: 57, 51; 32 x 500: 99, 78. Their scores are rounded to bfloat16; over 100 steps at a context of 600 the
-# divergence from float32 was 0.0013 either way.
-MIN_KEYS_FOR_PRODUCTS = 2048
+# Keys in a decode group from which two batched products beat the fused kernel on a CPU in bfloat16. Fused against
+# products for 3 KV heads of 64 on 2 Zen 4 cores, in µs of the wall, and of processor time: 4 x 208 keys: 76, 90 and
+# 126, 89; 8 x 160: 121, 109 and 199, 109; 8 x 208: 153, 122 and 251, 136; 32 x 208: 1239, 330 of processor time.
+# Scores are rounded to bfloat16; over 100 steps at a context of 600 the divergence from float32 was 0.0013 either way.
+MIN_KEYS_FOR_PRODUCTS = 1024
 
 
 class TorchAttention:

@@ -247,6 +247,7 @@ class Model(msgspec.Struct):
     created: int = 0
     owned_by: str = ""
     max_model_len: int | None = None  # tokens; null while the model loads
+    parent: str | None = None  # of an adapter: the model it changes
 
 
 class Models(msgspec.Struct):

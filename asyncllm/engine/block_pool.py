@@ -13,7 +13,8 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 
-TrieParent = int | str  # uid of the parent block; a chain's first block hangs on its cache salt
+# uid of the parent block; a chain's first block hangs on its cache salt, and on its adapter's number where it has one
+TrieParent = int | str | tuple[int, str]
 TrieKey = tuple[TrieParent, bytes]
 
 
@@ -60,7 +61,7 @@ class BlockPool:
         """Blocks that somebody holds."""
         return self.num_blocks - self.num_free
 
-    def match_prefix(self, tokens: "array[int]", cache_salt: str, max_tokens: int) -> list[Block]:
+    def match_prefix(self, tokens: "array[int]", cache_salt: TrieParent, max_tokens: int) -> list[Block]:
         """The longest chain of cached blocks that `tokens` ("I") begins with, at most `max_tokens` of them.
 
         The blocks are not held yet: `acquire` them before the pool does anything else.

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 
-from asyncllm.config import CacheConfig, SchedulerConfig
+from asyncllm.config import ONLY_ON_REQUEST, CacheConfig, SchedulerConfig, SpeculativeConfig
 from asyncllm.engine.worker import MakeExecutor, TimedCommand, Worker
 from asyncllm.ring import Bell, SpscRing
 from asyncllm.types import Abort, EngineCommand, EngineOutput, Submit
@@ -25,6 +25,7 @@ class Engine:
         scheduler_config: SchedulerConfig,
         cache_config: CacheConfig,
         *,
+        speculative: SpeculativeConfig = ONLY_ON_REQUEST,
         cores: Collection[int] = (),
         debug: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -37,6 +38,7 @@ class Engine:
         self._make_executor = make_executor
         self._scheduler_config = scheduler_config
         self._cache_config = cache_config
+        self._speculative = speculative
         self._cores = cores
         self._debug = debug
         self._clock = clock
@@ -60,6 +62,7 @@ class Engine:
             self._outputs,
             self._bell,
             notify,
+            speculative=self._speculative,
             cores=self._cores,
             debug=self._debug,
             clock=self._clock,

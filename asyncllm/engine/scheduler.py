@@ -11,8 +11,9 @@ from collections.abc import Callable
 from itertools import islice
 from operator import attrgetter
 
-from asyncllm.config import CacheConfig, SchedulerConfig
+from asyncllm.config import ONLY_ON_REQUEST, CacheConfig, SchedulerConfig, SpeculativeConfig
 from asyncllm.engine.block_pool import BlockPool
+from asyncllm.engine.prompt_lookup import Drafter, count_right
 from asyncllm.engine.sequence import NO_SLOT, Sequence, SequenceStatus
 from asyncllm.engine.step import ScheduledStep, StepBuilder
 from asyncllm.engine.waiting import WaitingQueue
@@ -38,8 +39,15 @@ class Scheduler:
         scheduler_config: SchedulerConfig,
         cache_config: CacheConfig,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        speculative: SpeculativeConfig = ONLY_ON_REQUEST,
+        balance_tokens: int = 1,
+        depth: int = 1,
     ) -> None:
-        """`clock`: monotonic seconds, for the time at which a sequence was first scheduled."""
+        """`clock`: monotonic seconds, for the time at which a sequence was first scheduled.
+
+        `balance_tokens`, `depth`: the executor's, by which drafts are judged.
+        """
         self.pool = BlockPool(capacity.num_blocks, capacity.block_size, cache_config.prefix_cache)
         self._capacity = capacity
         self._block_size = capacity.block_size
@@ -47,6 +55,9 @@ class Scheduler:
         self._max_chunk_tokens = scheduler_config.max_chunk_tokens
         self._watermark = max(1, self.pool.num_blocks // WATERMARK_SHARE)
         self._clock = clock
+        self._speculative = speculative
+        self._balance_tokens = balance_tokens
+        self._depth = depth
 
         self._sequences: dict[int, Sequence] = {}  # all that have not ended
         self._waiting = WaitingQueue()
@@ -63,6 +74,9 @@ class Scheduler:
         self._num_preemptions = 0
         self._prefix_queried_tokens = 0
         self._prefix_hit_tokens = 0
+        self._num_drafts = 0
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens: tuple[int, ...] = ()  # by place in a draft
 
     @property
     def has_work(self) -> bool:
@@ -84,6 +98,7 @@ class Scheduler:
             self._capacity.num_kv_tokens + 1,
         )
         sequence = Sequence(submit, max_length)
+        self._begin_to_draft(sequence)
         self._sequences[submit.request_id] = sequence
         # A leader must have come first: a chain of siblings can then never close into a ring.
         leader = self._sequences.get(submit.after) if submit.after != submit.request_id else None
@@ -111,7 +126,9 @@ class Scheduler:
         Reserves KV blocks for every planned token; preempts the newest sequence of the lowest priority when they run
         out. A sequence whose last tokens are in flight is planned on without their values.
         """
-        builder = StepBuilder(self._max_batched_tokens)
+        # Whoever may still be admitted samples a token too. And prompts come before drafts.
+        num_spare_samples = self._capacity.max_samples - min(self._num_slots, len(self._sequences))
+        builder = StepBuilder(self._max_batched_tokens, min(num_spare_samples, self._max_batched_tokens // 4))
         num_preemptions = self._num_preemptions
         self._num_promised_blocks = 0
         if self._running:
@@ -130,7 +147,7 @@ class Scheduler:
         """One row for every running sequence that has something to compute, while budget and blocks last."""
         running = self._running
         block_size = self._block_size
-        others_decode = any(sequence.samples_in_slot for sequence in running)
+        others_decode = any(sequence.samples_in_slot or sequence.draft for sequence in running)
         chunk_limit = self._max_chunk_tokens if others_decode else self._max_batched_tokens
         index = 0
         while index < len(running) and builder.budget > 0:  # preemption shortens it from the end
@@ -144,12 +161,34 @@ class Scheduler:
                 if num_computed % block_size or self._reserve(sequence, num_computed + 1, builder):
                     builder.add_decode(sequence, num_computed, num_in_flight)
                 continue
+            if sequence.draft:
+                self._schedule_draft(sequence, len(running) - index, builder)
+                continue
             # Everyone behind keeps one token of the budget: a long prompt does not hold up those who decode.
             budget = builder.budget - (len(running) - index)
             num_new = min(len(sequence.tokens) - sequence.num_computed_tokens, budget, chunk_limit)
             if num_new > 0 and self._reserve(sequence, sequence.num_computed_tokens + num_new, builder):
                 builder.add_prefill(sequence, num_new)
             self._num_promised_blocks += self._num_missing_blocks(sequence)
+
+    def _schedule_draft(self, sequence: Sequence, num_behind: int, builder: StepBuilder) -> None:
+        """A row that verifies as much of a draft as fits without taking anything from others; else a decode row."""
+        draft, sequence.draft = sequence.draft, []
+        sequence.samples_in_slot = True
+        num_computed = sequence.num_computed_tokens  # all but the last token
+        num_blocks = len(sequence.blocks) + max(0, self.pool.num_free - self._watermark)
+        num_drafts = min(
+            len(draft),
+            builder.budget - num_behind - 1,
+            builder.num_spare_samples,
+            sequence.max_length - num_computed - 2,  # verified, they bring one token more
+            num_blocks * self._block_size - num_computed - 1,
+        )
+        if num_drafts > 0:
+            self._reserve(sequence, num_computed + 1 + num_drafts, builder)
+            builder.add_draft(sequence, draft[:num_drafts])
+        elif num_computed % self._block_size or self._reserve(sequence, num_computed + 1, builder):
+            builder.add_decode(sequence, num_computed, 0)
 
     def _reserve(self, sequence: Sequence, num_tokens: int, builder: StepBuilder) -> bool:
         """Blocks for the first `num_tokens` tokens; False when the sequence itself had to be preempted for them."""
@@ -249,11 +288,13 @@ class Scheduler:
             self._take_pooled(step, result.pooled, output)
         self._commit_decodes(step, result.token_ids, output)
         if len(step.sequences) > plan.num_decode_rows:
-            self._commit_prefills(step, result.token_ids, output)
+            self._commit_prefills(step, result, output)
         if step.constrained_rows:
             self._end_complete(step)
         if len(self._finished) > num_ended:
             self._drop_ended()
+        if step.drafting_rows:
+            self._guess(step)
         self._tell(output)
         return output
 
@@ -276,12 +317,15 @@ class Scheduler:
             if token_id in sequence.stop_token_ids or num_computed + 1 >= sequence.max_length:
                 self._end_by(sequence, token_id)
 
-    def _commit_prefills(self, step: ScheduledStep, sampled: list[int], output: StepOutput) -> None:
-        """Chunks of known tokens; the last one of a sequence sampled a token."""
-        plan = step.plan
+    def _commit_prefills(self, step: ScheduledStep, result: StepResult, output: StepOutput) -> None:
+        """Chunks of known tokens; the last one of a sequence sampled a token. And rows with drafts, behind them."""
+        plan, sampled, verified = step.plan, result.token_ids, result.verified
         for row in range(plan.num_decode_rows, len(step.sequences)):
             sequence, token_id = step.sequences[row], sampled[row]
             if sequence.epoch != step.epochs[row]:
+                continue
+            if verified is not None and row in verified:
+                self._commit_draft(sequence, plan.drafts[row], verified[row], output)
                 continue
             num_query = plan.num_query_tokens[row]
             num_computed = plan.num_computed_tokens[row] + num_query
@@ -298,6 +342,72 @@ class Scheduler:
                 self._end_by(sequence, token_id)
             elif num_computed == sequence.max_length:  # nothing but the prompt was wanted
                 self._end(sequence, Finished(FinishReason.LENGTH))
+
+    def _commit_draft(self, sequence: Sequence, draft: list[int], sampled: list[int], output: StepOutput) -> None:
+        """Take the samples up to the first that differs from its draft, or that ends the sequence.
+
+        Those behind it were drawn behind a token that is not there. A sample's noise depends on its position alone, so
+        every one that is taken is what a decode row would have sampled there, at any temperature. What the cache holds
+        behind the last taken one is overwritten by the rows to come, and not findable.
+        """
+        num_right = count_right(draft, sampled)
+        run = sampled[: num_right + 1]
+        stop_token_ids = sequence.stop_token_ids
+        for place, token_id in enumerate(run):
+            if token_id in stop_token_ids:
+                del run[place + 1 :]
+                break
+        sequence.tokens.extend(run)
+        num_computed = len(sequence.tokens) - 1
+        if num_computed // self._block_size > sequence.num_committed_tokens // self._block_size:
+            self._cache_blocks(sequence, num_computed // self._block_size)
+        sequence.num_committed_tokens = sequence.num_computed_tokens = num_computed
+        sequence.num_in_flight = 0
+        output.request_ids.append(sequence.request_id)
+        output.token_ids.append(run[-1])
+        if len(run) > 1:
+            output.runs = output.runs or {}
+            output.runs[sequence.request_id] = run[:-1]
+        self._count_draft(len(draft), min(num_right, len(run)))
+        if sequence.drafter is not None:
+            sequence.drafter.observe(len(draft), num_right, len(self._running))
+        self._end_by(sequence, run[-1])
+
+    def _count_draft(self, num_drafts: int, num_right: int) -> None:
+        self._num_drafts += 1
+        self._num_draft_tokens += num_drafts
+        accepted = self._num_accepted_tokens
+        accepted += (0,) * (num_drafts - len(accepted))
+        self._num_accepted_tokens = (*(count + 1 for count in accepted[:num_right]), *accepted[num_right:])
+
+    def _begin_to_draft(self, sequence: Sequence) -> None:
+        """Give a new sequence a drafter, if it is to have one."""
+        config, asked = self._speculative, sequence.params.speculative_tokens
+        if asked is None:
+            asked = config.num_speculative_tokens if config.method == "ngram" else 0
+        if asked and sequence.may_draft:
+            sequence.begin_to_draft(Drafter(sequence.tokens, asked, config, self._balance_tokens, self._depth))
+
+    def _guess(self, step: ScheduledStep) -> None:
+        """Drafts for the sequences of a step that was committed, where a few run and it pays.
+
+        One that drafts is not planned ahead of the device: which tokens its row has depends on the last one.
+        """
+        num_running = len(self._running)
+        is_off = num_running > self._speculative.disable_by_batch_size
+        for row in step.drafting_rows:
+            sequence = step.sequences[row]
+            drafter = sequence.drafter
+            if drafter is None or sequence.epoch != step.epochs[row]:
+                continue
+            if is_off:
+                sequence.needs_last_token = False
+                continue
+            draft = drafter.draft(num_running)
+            sequence.needs_last_token = drafter.pays
+            if draft and drafter.pays and not sequence.num_in_flight:
+                sequence.draft = draft
+                sequence.samples_in_slot = False  # not a decode row next
 
     def _end_by(self, sequence: Sequence, token_id: int) -> None:
         """End a sequence if its last token is a stop, or the last it may have."""
@@ -397,6 +507,7 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.slot = NO_SLOT
         sequence.samples_in_slot = False
+        sequence.draft = []
         sequence.num_in_flight = 0
         sequence.num_computed_tokens = sequence.num_committed_tokens = 0
         sequence.num_blocks_wanted = 1
@@ -428,6 +539,9 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             prefix_queried_tokens=self._prefix_queried_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
+            num_drafts=self._num_drafts,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
         )
 
     def check(self) -> None:

@@ -7,6 +7,7 @@ from array import array
 from enum import Enum
 
 from asyncllm.engine.block_pool import Block, TrieParent
+from asyncllm.engine.prompt_lookup import Drafter
 from asyncllm.types import Pooling, Submit
 
 NO_SLOT = -1
@@ -24,16 +25,20 @@ class Sequence:
     """A request inside the engine, from `Submit` to `Finished`.
 
     Three counters say how far it is, each at most the one before it:
-    `len(tokens) + num_in_flight`: tokens that exist, the last ones perhaps only on the device;
+    `len(tokens) + num_in_flight`: tokens that exist, the last ones perhaps only on the device (while drafts are
+    verified: tokens that may exist);
     `num_computed_tokens`: tokens whose KV is in the cache once every launched step is done;
     `num_committed_tokens`: the same for the steps the host has seen the end of.
     """
 
     __slots__ = (
+        "adapter",
         "blocks",
         "cache_parent",
         "cache_salt",
         "constraint",
+        "draft",
+        "drafter",
         "epoch",
         "followers",
         "has_extras",
@@ -63,7 +68,9 @@ class Sequence:
         params = submit.params
         self.request_id = submit.request_id
         self.params = params
-        self.cache_salt = submit.cache_salt
+        self.adapter = submit.adapter
+        # Keys and values behind one adapter are of no use to another.
+        self.cache_salt: TrieParent = (submit.adapter, submit.cache_salt) if submit.adapter else submit.cache_salt
         # Sorts the waiting and the running alike; a preempted sequence keeps it, and so its place in the queue.
         self.order = (submit.priority, submit.arrival_s, submit.request_id)
         self.status = SequenceStatus.WAITING
@@ -83,11 +90,14 @@ class Sequence:
         self.samples_in_slot = False  # the slot holds the last token on the device: the next row can be a decode row
         self.blocks: list[Block] = []
         self.num_blocks_wanted = 1  # free blocks below which it is not worth trying to admit it
-        self.cache_parent: TrieParent = submit.cache_salt  # where its next full block hangs in the prefix trie
+        self.cache_parent: TrieParent = self.cache_salt  # where its next full block hangs in the prefix trie
         self.epoch = 0  # bumped when it leaves its slot: rows of an older epoch are not committed
         self.followers: list[Sequence] | None = None  # siblings that wait for this one's prompt
         self.constraint = submit.constraint  # has accepted every token of the output
         self.is_complete = False  # by its constraint, nothing may follow
+
+        self.drafter: Drafter | None = None
+        self.draft: list[int] = []  # guesses at the next tokens, to be verified by its next row
 
         # Read in the hot loop, so worked out once.
         self.stop_token_ids = frozenset(params.stop_token_ids)
@@ -101,6 +111,16 @@ class Sequence:
             or params.prompt_logprobs is not None
             or submit.pooling is not None
         )
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether its tokens may be verified several at a time: none depends on the output before it but through KV."""
+        return not (self.has_extras or self.params.has_penalties) and self.max_length > self.num_prompt_tokens + 1
+
+    def begin_to_draft(self, drafter: Drafter) -> None:
+        """Have guesses at its tokens verified from now on; each of its rows is looked at once it is committed."""
+        self.drafter = drafter
+        self.has_extras = True
 
     @property
     def num_output_tokens(self) -> int:

@@ -19,6 +19,7 @@ class ScheduledStep:
     sequences: list[Sequence]  # [S]
     epochs: list[int]  # [S]
     constrained_rows: list[int] = field(default_factory=list)  # that sample, masked or not
+    drafting_rows: list[int] = field(default_factory=list)  # that sample, of sequences with a drafter
     failures: list[tuple[Sequence, BaseException]] = field(default_factory=list)  # whose constraint raised: to be ended
 
 
@@ -28,21 +29,25 @@ class StepBuilder:
     __slots__ = (
         "_block_writes",
         "_decodes",
+        "_drafts",
         "_extra_rows",
         "_new_slots",
         "_num_computed_tokens",
         "_prefills",
         "_slots",
         "budget",
+        "num_spare_samples",
     )
 
-    def __init__(self, budget: int) -> None:
-        """`budget`: query tokens the step may still take."""
+    def __init__(self, budget: int, num_spare_samples: int = 0) -> None:
+        """`budget`: query tokens the step may still take; `num_spare_samples`: samples for drafts."""
         self.budget = budget
+        self.num_spare_samples = num_spare_samples
         self._decodes: list[Sequence] = []
         self._slots: list[int] = []
         self._num_computed_tokens: list[int] = []
         self._prefills: list[tuple[Sequence, int, int]] = []  # sequence, first query token, number of them
+        self._drafts: list[tuple[Sequence, list[int]]] = []
         self._extra_rows: list[int] = []  # rows that ask for more than a token
         self._new_slots: list[SlotInit] = []
         self._block_writes: list[tuple[int, int, int]] = []
@@ -54,7 +59,9 @@ class StepBuilder:
 
     def enter_slot(self, sequence: Sequence) -> None:
         """Announce a sequence in the slot it just took."""
-        self._new_slots.append(SlotInit(sequence.slot, sequence.params, sequence.tokens, sequence.num_prompt_tokens))
+        self._new_slots.append(
+            SlotInit(sequence.slot, sequence.params, sequence.tokens, sequence.num_prompt_tokens, sequence.adapter)
+        )
 
     def write_blocks(self, sequence: Sequence, first_column: int) -> None:
         """Put a sequence's blocks from `first_column` on into its slot's block table."""
@@ -82,11 +89,19 @@ class StepBuilder:
             sequence.num_in_flight += 1
             sequence.samples_in_slot = True
 
+    def add_draft(self, sequence: Sequence, draft: list[int]) -> None:
+        """A row for the token that a sequence ends with and guesses behind it; all of them may turn out right."""
+        self._drafts.append((sequence, draft))
+        sequence.num_computed_tokens += 1 + len(draft)
+        sequence.num_in_flight = 1 + len(draft)
+        self.budget -= 1 + len(draft)
+        self.num_spare_samples -= len(draft)
+
     def build(self) -> ScheduledStep | None:
         """The finished step, or None when it has no rows."""
         sequences = self._decodes
         num_decode_rows = len(sequences)
-        if not num_decode_rows and not self._prefills:
+        if not num_decode_rows and not self._prefills and not self._drafts:
             return None
         plan = StepPlan(
             slots=self._slots,
@@ -110,10 +125,26 @@ class StepBuilder:
             plan.num_computed_tokens.append(start)
             plan.samples.append(sequence.samples_in_slot)
             plan.token_ids += sequence.tokens[start : start + num_tokens]
+        if self._drafts:
+            self._extra_rows += range(len(sequences), len(sequences) + len(self._drafts))
+        for sequence, draft in self._drafts:
+            plan.drafts[len(sequences)] = draft
+            sequences.append(sequence)
+            plan.slots.append(sequence.slot)
+            plan.num_query_tokens.append(1 + len(draft))
+            plan.num_computed_tokens.append(len(sequence.tokens) - 1)
+            plan.samples.append(True)
+            plan.token_ids.append(sequence.tokens[-1])
+            plan.token_ids += draft
         step = ScheduledStep(plan, sequences, [sequence.epoch for sequence in sequences])
         for row in self._extra_rows:
-            _add_extras(plan, row, sequences[row])
-            constraint = sequences[row].constraint
+            sequence = sequences[row]
+            if sequence.drafter is not None:  # it asks for nothing else
+                if plan.samples[row]:
+                    step.drafting_rows.append(row)
+                continue
+            _add_extras(plan, row, sequence)
+            constraint = sequence.constraint
             if constraint is not None and plan.samples[row]:
                 _add_mask(step, row, constraint)
         return step

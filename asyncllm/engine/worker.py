@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from asyncllm.config import CacheConfig, SchedulerConfig
+from asyncllm.config import ONLY_ON_REQUEST, CacheConfig, SchedulerConfig, SpeculativeConfig
 from asyncllm.engine.scheduler import Scheduler
 from asyncllm.engine.step import ScheduledStep
 from asyncllm.errors import AsyncLLMError
@@ -89,6 +89,7 @@ class Worker:
         bell: Bell,
         notify: Callable[[], None],
         *,
+        speculative: SpeculativeConfig = ONLY_ON_REQUEST,
         cores: Collection[int] = (),
         debug: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -100,6 +101,7 @@ class Worker:
         self._make_executor = make_executor
         self._scheduler_config = scheduler_config
         self._cache_config = cache_config
+        self._speculative = speculative
         self._requests = requests
         self._outputs = outputs
         self._bell = bell
@@ -168,7 +170,15 @@ class Worker:
     def _announce(self, executor: Executor) -> None:
         """Start-up is over."""
         self._end_phase()
-        self._scheduler = Scheduler(executor.capacity, self._scheduler_config, self._cache_config, self._clock)
+        self._scheduler = Scheduler(
+            executor.capacity,
+            self._scheduler_config,
+            self._cache_config,
+            self._clock,
+            speculative=self._speculative,
+            balance_tokens=executor.balance_tokens,
+            depth=executor.depth,
+        )
         self._publish(EngineReady(executor.capacity, executor.facts))
         self._ready = True
 

@@ -11,6 +11,11 @@ import msgspec
 
 from asyncllm.types import Capacity, Floats, SamplingParams, TokenLogprobs
 
+# `Executor.balance_tokens`. Steps of a 135M model in bfloat16 on 2 cores, 200 tokens of context, one row: 24 ms for a
+# token, 29 for 5, 37 for 9, 49 for 17, as if reading the weights cost what 16 tokens do. A GPU has some 300 operations
+# for each byte it reads and needs 2 for each of a bfloat16 weight; this one is not measured.
+CPU_BALANCE_TOKENS, GPU_BALANCE_TOKENS = 16, 256
+
 
 class SlotInit(msgspec.Struct):
     """A sequence enters a slot: what the device must know before its first step there."""
@@ -19,6 +24,7 @@ class SlotInit(msgspec.Struct):
     params: SamplingParams
     token_ids: Sequence[int]  # prompt, and whatever was generated before a preemption; owned by the sequence, read only
     num_prompt_tokens: int
+    adapter: int = 0  # in the order of lora.adapters, from 1; 0 = none
 
 
 class StepPlan(msgspec.Struct):
@@ -26,6 +32,11 @@ class StepPlan(msgspec.Struct):
 
     A decode row has exactly one query token: the one its slot sampled last, which may not have reached the host yet.
     All other rows carry their tokens in `token_ids`.
+
+    A row with drafts carries its sequence's last token and guesses at what follows, and samples behind each of these
+    query tokens. Its slot then holds the token that the host will come to as the last one: the sample behind the
+    longest run of drafts that equal the samples before them. The noise of a sample depends on its position alone, so
+    these are the tokens that decode rows would have sampled, whatever the temperature.
     """
 
     slots: list[int]  # [S]
@@ -43,6 +54,7 @@ class StepPlan(msgspec.Struct):
     masks: dict[int, bytes] = {}  # row that samples -> tokens it may sample, see `Constraint.mask`
     pooled_rows: dict[int, tuple[int, int]] = {}
     # row, never a decode row -> [first, end) of its query tokens whose hidden states, behind the last norm, are summed
+    drafts: dict[int, list[int]] = {}  # row, never a decode row, that samples -> its query tokens but the first
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +63,7 @@ class StepPlan(msgspec.Struct):
 
 
 class StepResult(msgspec.Struct):
-    """What a step produced. `token_ids` is parallel to the plan's rows; -1 where a row does not sample."""
+    """What a step produced. `token_ids` is parallel to the plan's rows; -1 where one does not sample or has drafts."""
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] | None = None  # by row
@@ -60,6 +72,7 @@ class StepResult(msgspec.Struct):
     device_s: float = 0.0  # the device's time for the step; 0 where nobody measured it
     gap_s: float | None = None  # the device's idle time before the step, for whatever reason; None where unknown
     pooled: dict[int, Floats] | None = None  # by row, [hidden] float32: the sum over its pooled tokens
+    verified: dict[int, list[int]] | None = None  # by row with drafts: the samples behind each of its query tokens
 
 
 class StepHandle(Protocol):
@@ -76,6 +89,7 @@ class Executor(Protocol):
     capacity: Capacity
     depth: int  # steps that may be in flight: 1 where launching computes, 2 where the device runs beside the host
     facts: dict[str, str]  # device, dtype, memory: for /health and the start-up log
+    balance_tokens: int  # query tokens of a step whose arithmetic takes as long as reading the weights
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step; returns at once where the device is asynchronous."""

@@ -20,11 +20,13 @@ from asyncllm.executor.memory import (
     plan_cache,
     weight_bytes,
 )
-from asyncllm.models.config import BYTES_PER_VALUE
-from asyncllm.weights.base import Checkpoint
+from asyncllm.models.config import BYTES_PER_VALUE, ModelArchitecture
+from asyncllm.weights.base import BlockCheckpoint, Checkpoint
 
 if TYPE_CHECKING:
     import torch
+
+    from asyncllm.weights.lora_stacks import AdapterPlan
 
 # How long OpenMP threads spin for the next operation before they sleep; libgomp reads it as torch is imported. Its
 # default spins for milliseconds: beside one other busy process on two cores, 8 streams made 70 tokens/s with it and 130
@@ -46,6 +48,7 @@ def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str
     on_gpu = device.type == "cuda"
     dtype, dtype_fact = choose_dtype(config.model.dtype, architecture.dtype, on_gpu, host.cpu_has_bfloat16())
     needed_bytes = weight_bytes(architecture, BYTES_PER_VALUE[dtype], on_gpu)
+    adapters = _plan_adapters(config, architecture, report)
     facts = {
         "device": _describe(device) + remark,
         "dtype": dtype_fact,
@@ -53,17 +56,46 @@ def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str
         "threads": str(_set_threads(config.executor.threads)),
         "weights": f"{needed_bytes / GIB:.2f} GiB",
     }
+    if adapters is not None:
+        adapter_bytes = adapters.num_values * BYTES_PER_VALUE[dtype]
+        needed_bytes += adapter_bytes
+        facts["adapters"] = f"{adapters.summary}, {adapter_bytes / GIB:.2f} GiB"
+    if block_bytes := _block_bytes(config, checkpoint, dtype, device):
+        needed_bytes += block_bytes
+        facts["quantization"] = f"4-bit blocks for few rows, {block_bytes / GIB:.2f} GiB beside {dtype}"
     check_weights_fit(needed_bytes, _available_bytes(device))
     try:
         if _attention_backend(config.executor.attention_backend, device) == "triton":
             from asyncllm.executor.build_cuda import build_cuda_executor
 
-            return build_cuda_executor(config, checkpoint, device, dtype, facts, report)
-        return _build_torch_executor(config, checkpoint, device, dtype, facts, report)
+            return build_cuda_executor(config, checkpoint, device, dtype, facts, report, adapters)
+        return _build_torch_executor(config, checkpoint, device, dtype, facts, report, adapters)
     except torch.OutOfMemoryError:
         raise StartupError(
             f"{device} ran out of memory: lower cache.memory_gib, cache.memory_fraction or scheduler.max_batched_tokens"
         ) from None
+
+
+def _block_bytes(config: Config, checkpoint: Checkpoint, dtype: str, device: "torch.device") -> int:
+    """Memory of the weights that stay in the file's blocks for steps of few rows; 0 where none do."""
+    from asyncllm.layers.blocks import max_rows
+
+    asked = config.model.quantization == "auto" and device.type == "cpu" and dtype == "bfloat16"
+    if not asked or not max_rows() or not isinstance(checkpoint, BlockCheckpoint):
+        return 0
+    return checkpoint.num_block_bytes
+
+
+def _plan_adapters(
+    config: Config, architecture: ModelArchitecture, report: Callable[[str], None]
+) -> "AdapterPlan | None":
+    """Look at all adapters before any weight is read; None where there are none."""
+    if not config.lora.adapters:
+        return None
+    from asyncllm.weights.lora_stacks import plan_adapters
+
+    report("open adapters")
+    return plan_adapters(config.lora, architecture)
 
 
 def _build_torch_executor(
@@ -73,6 +105,7 @@ def _build_torch_executor(
     dtype: str,
     facts: dict[str, str],
     report: Callable[[str], None],
+    adapters: "AdapterPlan | None",
 ) -> Executor:
     """Plain torch: the CPU's executor, and on a GPU the reference."""
     import torch
@@ -81,11 +114,14 @@ def _build_torch_executor(
     from asyncllm.executor.torch_executor import TorchExecutor
     from asyncllm.executor.warm_up import warm_up
     from asyncllm.weights.loader import load_model
+    from asyncllm.weights.lora_stacks import install_adapters
 
     architecture, bytes_per_value = checkpoint.architecture, BYTES_PER_VALUE[dtype]
     report("load weights")
+    keep_blocks = _block_bytes(config, checkpoint, dtype, device) > 0
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    model = load_model(checkpoint, TorchAttention(), torch_dtype, device)
+    model = load_model(checkpoint, TorchAttention(), torch_dtype, device, keep_blocks)
+    mask = install_adapters(adapters, model, torch_dtype, device)
 
     report("allocate kv cache")
     if device.type == "cuda":
@@ -97,7 +133,7 @@ def _build_torch_executor(
         room = cpu_room(host.available_memory_bytes())
     plan = plan_cache(architecture, config, bytes_per_value, room)
     facts["kv"] = plan.summary
-    executor = TorchExecutor(model, architecture, plan.capacity, device, torch_dtype, facts)
+    executor = TorchExecutor(model, architecture, plan.capacity, device, torch_dtype, facts, mask)
 
     report("warm up")
     warm_up(executor, config.scheduler.max_batched_tokens)

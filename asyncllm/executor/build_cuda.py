@@ -23,6 +23,7 @@ from asyncllm.weights.base import Checkpoint
 
 if TYPE_CHECKING:
     from asyncllm.executor.cuda_executor import CudaExecutor
+    from asyncllm.weights.lora_stacks import AdapterPlan
 
 _HEAD_DIMS = (64, 80, 96, 128, 256)
 _MAX_GROUP = 16  # query heads of a KV head: rows of one tensor core operand
@@ -64,6 +65,7 @@ def build_cuda_executor(
     dtype: str,
     facts: dict[str, str],
     report: Callable[[str], None],
+    adapters: "AdapterPlan | None" = None,
 ) -> "CudaExecutor":
     """An executor on `torch_device`; a CPU stands in for one under Triton's interpreter."""
     architecture, settings = checkpoint.architecture, config.executor
@@ -71,6 +73,7 @@ def build_cuda_executor(
     from asyncllm.attention.triton_attention import TritonAttention
     from asyncllm.executor.cuda_executor import CudaExecutor
     from asyncllm.weights.loader import load_model
+    from asyncllm.weights.lora_stacks import install_adapters
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
     report("load weights")
@@ -84,6 +87,7 @@ def build_cuda_executor(
         settings.pdl,
     )
     model = load_model(checkpoint, attention, torch_dtype, torch_device)
+    mask = install_adapters(adapters, model, torch_dtype, torch_device)
     no_graphs, max_batched_tokens = settings.disable_cuda_graph, config.scheduler.max_batched_tokens
 
     def make(capacity: Capacity) -> CudaExecutor:
@@ -98,6 +102,7 @@ def build_cuda_executor(
             graph_rows=0 if no_graphs else settings.cuda_graph_max_bs,
             graph_tokens=0 if no_graphs else min(settings.cuda_graph_max_tokens, max_batched_tokens),
             overlap=settings.overlap,
+            adapters=mask,
         )
 
     report("measure steps")

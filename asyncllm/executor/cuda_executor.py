@@ -21,16 +21,19 @@ from torch import Tensor
 from asyncllm.attention.base import AttentionMetadata
 from asyncllm.attention.triton_attention import TritonAttention
 from asyncllm.executor import logprobs
-from asyncllm.executor.base import StepPlan, StepResult
+from asyncllm.executor.base import GPU_BALANCE_TOKENS, StepPlan, StepResult
 from asyncllm.executor.device import Device, Mark, Work
 from asyncllm.executor.device_sampler import DeviceSampler, Extras, stage_extras, wants_extras
 from asyncllm.executor.device_slots import DeviceSlots
+from asyncllm.executor.drafts import by_row, sampling_places, settle
 from asyncllm.executor.graphs import GraphTable
 from asyncllm.executor.logprobs import Scores
 from asyncllm.executor.mixed_inputs import MixedInputs, stage_mixed
 from asyncllm.executor.pooling import pool
 from asyncllm.executor.staging import NUM_DECODE_ROWS, Ints, Staging, aligned, fill_decode
 from asyncllm.executor.token_inputs import RowArrays, TokenLayout, fill_tokens, token_inputs
+from asyncllm.layers import sampling_columns as column
+from asyncllm.layers.lora import AdapterMask
 from asyncllm.layers.triton_logits import rebuild_counts
 from asyncllm.layers.triton_sampling import Kind
 from asyncllm.layers.triton_step import apply_block_writes, gather_decode_inputs, gather_tokens
@@ -47,7 +50,7 @@ class _Buffers:
     """What a step in flight needs on the host; free once it was waited for."""
 
     staging: Staging
-    token_ids: Tensor  # [max_sequences] int32, pinned
+    token_ids: Tensor  # [max_samples] int32, pinned
     begin: Mark
 
 
@@ -59,7 +62,7 @@ class CudaStep:
     end: Mark
     previous_end: Mark | None  # of the step before; None for the first
     num_rows: int
-    rows: list[int] | None  # rows of the plan that sample; None: all
+    rows: list[int] | None  # rows of the plan that sample, one with drafts several times; None: all, once
     token_ids: Tensor  # pinned
     replayed: bool
     plan: StepPlan
@@ -71,12 +74,16 @@ class CudaStep:
         """Wait for the device, then read what came down."""
         self.end.wait()
         sampled: list[int] = self.token_ids.tolist()
-        if self.rows is not None:
+        verified = None
+        if self.plan.drafts and self.rows is not None:
+            sampled, verified = by_row(self.plan.drafts, self.rows, sampled, self.num_rows)
+        elif self.rows is not None:
             scattered = [-1] * self.num_rows
             for row, token_id in zip(self.rows, sampled):
                 scattered[row] = token_id
             sampled = scattered
         result = StepResult(sampled, replayed=self.replayed, device_s=self.end.seconds_since(self.begin))
+        result.verified = verified
         if self.previous_end is not None:
             result.gap_s = self.begin.seconds_since(self.previous_end)
         if self.scores is not None:
@@ -98,6 +105,8 @@ class CudaStep:
 class CudaExecutor:
     """The `Executor` of a GPU. B block_size, K kv heads, D head_dim, L slots."""
 
+    balance_tokens = GPU_BALANCE_TOKENS
+
     def __init__(
         self,
         model: CausalLM,
@@ -111,13 +120,18 @@ class CudaExecutor:
         graph_rows: int = 0,
         graph_tokens: int = 0,
         overlap: bool = True,
+        adapters: AdapterMask | None = None,
     ) -> None:
-        """`graph_rows`, `graph_tokens`: of the largest graphs, 0 = none; `improve` captures them, one a call."""
+        """`graph_rows`, `graph_tokens`: of the largest graphs, 0 = none; `improve` captures them, one a call.
+
+        `adapters`: of the model's layers, where they have any.
+        """
         self.model = model
         self.capacity = capacity
         self.facts = facts
         self.depth = 2 if overlap else 1
         self._attention = attention
+        self._adapters = adapters
         self._dtype = dtype
         self._device = device
         on, rows = device.torch_device, capacity.max_sequences
@@ -133,11 +147,11 @@ class CudaExecutor:
         self._gathered = torch.zeros((3, aligned(rows)), dtype=torch.int32, device=on)  # ids, positions, slot mapping
         self._hidden = torch.zeros((max(rows, graph_tokens), architecture.hidden_size), dtype=dtype, device=on)
         self._tokens = torch.zeros(self._layout(graph_tokens).num_ints, dtype=torch.int32, device=on)
-        self._sampled = torch.zeros(rows, dtype=torch.int32, device=on)
+        self._sampled = torch.zeros(capacity.max_samples, dtype=torch.int32, device=on)
 
         num_ints = NUM_DECODE_ROWS * aligned(rows)
         self._buffers = [
-            _Buffers(Staging(device, num_ints), device.pinned((rows,), torch.int32), device.mark())
+            _Buffers(Staging(device, num_ints), device.pinned((capacity.max_samples,), torch.int32), device.mark())
             for _ in range(self.depth)
         ]
         # One more than steps in flight: a step's wait still reads the end of the step before it.
@@ -259,6 +273,7 @@ class CudaExecutor:
             query_lens=[],
             seq_lens_host=[],
         )
+        self._choose_adapters(slots)
         hidden = self.model.forward(input_ids, metadata, self.kv_caches)
         if kind == "forward":
             self._hidden[:num_rows].copy_(hidden)
@@ -284,18 +299,18 @@ class CudaExecutor:
     # --- prompts -----------------------------------------------------------------------------------------------------
 
     def _launch_mixed(self, plan: StepPlan, step: CudaStep, staging: Staging) -> int:
-        """A step with prompts, or with new sequences; returns how many rows sample."""
+        """A step with prompts, drafts or new sequences; returns how many tokens it samples."""
         new_rows = self.slots.seat(plan.new_slots)
         rows = RowArrays.of(plan)
-        sampling = np.flatnonzero(plan.samples)
+        sampling, num_behind = sampling_places(plan)
         sampling_slots = rows.slots[sampling]
-        inputs = stage_mixed(plan, rows, sampling, new_rows, staging)
+        inputs = stage_mixed(plan, rows, sampling, num_behind, new_rows, staging)
         self._device.run(partial(self._prepare_mixed, inputs))
         hidden = self._launch_tokens(plan, rows, step, staging)
         extras = None
         if wants_extras(plan, self.slots, sampling_slots):
             extras = stage_extras(plan, self.slots, sampling, sampling_slots, staging)
-        if len(sampling) < len(rows.slots):
+        if len(sampling) < len(rows.slots) or plan.drafts:
             step.rows = sampling.tolist()
         kind = self.slots.kind(sampling_slots)
         self._device.run(partial(self._finish_mixed, inputs, rows.query_starts, hidden, kind, extras, step))
@@ -349,7 +364,14 @@ class CudaExecutor:
             slot_mapping,
         )
         metadata = inputs.metadata(num_decode_rows, slot_mapping, state.block_table, self.capacity.block_size)
+        self._choose_adapters(inputs.token_slots)
         hidden.copy_(self.model.forward(input_ids, metadata, self.kv_caches))
+
+    def _choose_adapters(self, slots: Tensor) -> None:
+        """Whose each token is, slots [N] (-1: padding). On the device alone: it is part of every graph."""
+        if self._adapters is not None:
+            adapters = self.slots.ints[:, column.ADAPTER].index_select(0, slots.clamp(min=0))
+            self._adapters.choose(adapters)
 
     @torch.inference_mode()
     def _prepare_mixed(self, inputs: MixedInputs) -> None:
@@ -381,6 +403,9 @@ class CudaExecutor:
                 self._sampler.sample(*rows)
             else:
                 step.scores = self._download(self._sampler.sample_with(*rows, extras))
+        if len(inputs.draft_slots):
+            last_token = self.slots.last_token
+            settle(self._sampled[:num_sampled], last_token, inputs.draft_slots, inputs.draft_starts, inputs.drafts)
         if len(inputs.scored_tokens):
             step.prompt_scores = self._download(self._score_prompts(inputs, step.plan, hidden))
         if step.plan.pooled_rows:

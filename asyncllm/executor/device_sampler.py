@@ -73,12 +73,12 @@ def stage_extras(
 
 
 class DeviceSampler:
-    """One per executor. V vocab, R rows that sample."""
+    """One per executor. V vocab, R rows that sample; one with drafts counts several times."""
 
     def __init__(self, capacity: Capacity, slots: DeviceSlots, device: torch.device) -> None:
         self._slots = slots
         self._hashes = token_hashes(capacity.vocab_size).to(device)  # [V] int32
-        self._scratch = make_sample_scratch(capacity.max_sequences, capacity.vocab_size, device)
+        self._scratch = make_sample_scratch(capacity.max_samples, capacity.vocab_size, device)
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, kind: Kind, out: Tensor) -> None:  # hot
         """Draw into out [R] int32 and the slots' last tokens.

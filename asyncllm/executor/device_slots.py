@@ -46,6 +46,7 @@ class DeviceSlots:
         for row, init in zip(rows, new_slots):
             slot, params = init.slot, init.params
             self.kinds[slot] = self._fill(row, params)
+            row[column.ADAPTER] = init.adapter
             self.has_penalties[slot] = params.has_penalties
             self.edits_logits[slot] = params.has_penalties or bool(params.logit_bias)
             self.logit_bias[slot] = params.logit_bias

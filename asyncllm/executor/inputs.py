@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asyncllm.attention.base import AttentionMetadata
 from asyncllm.executor.base import StepPlan
+from asyncllm.executor.drafts import sampling_places
 from asyncllm.executor.slots import SlotState
 
 Ints = npt.NDArray[np.int64]
@@ -20,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(slots=True)
 class StepInputs:
-    """One step's tensors. N query tokens, S rows, R of them sample."""
+    """One step's tensors. N query tokens, S rows, R samples: one of a row that samples, several of one with drafts."""
 
     input_ids: Tensor  # [N] int64
     metadata: AttentionMetadata
@@ -49,10 +50,12 @@ def build_inputs(plan: StepPlan, state: SlotState, block_size: int, device: torc
     blocks = state.block_table_host[token_slots, positions // block_size]
     slot_mapping = blocks * block_size + positions % block_size
 
-    all_sample = all(plan.samples)
-    sampling = np.arange(num_rows) if all_sample else np.flatnonzero(plan.samples)
+    all_sample = all(plan.samples) and not plan.drafts
+    sampling, num_behind = (np.arange(num_rows), None) if all_sample else sampling_places(plan)
     sampling_slots = slots[sampling]
-    last_tokens = (query_starts + num_query - 1)[sampling]
+    last_tokens, sample_positions = (query_starts + num_query - 1)[sampling], seq_lens[sampling]
+    if num_behind is not None:
+        last_tokens, sample_positions = last_tokens - num_behind, sample_positions - num_behind
     packed = (positions, slot_mapping, slots, seq_lens, sampling_slots, last_tokens, np.array(plan.token_ids, np.int64))
     device_positions, device_mapping, device_slots, device_lens, sampling_index, sampling_tokens, token_ids = (
         _to_device(packed, device)
@@ -77,7 +80,7 @@ def build_inputs(plan: StepPlan, state: SlotState, block_size: int, device: torc
         sampling_slots=plan.slots if all_sample else sampling_slots.tolist(),
         sampling_slot_index=sampling_index,
         sampling_tokens=None if decode_only and all_sample else sampling_tokens,
-        sample_positions=seq_lens[sampling],
+        sample_positions=sample_positions,
         query_starts=query_starts,
     )
 

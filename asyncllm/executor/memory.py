@@ -62,7 +62,11 @@ def graph_bytes(
 
 
 def _hidden_bytes(architecture: ModelArchitecture, num_tokens: int, bytes_per_value: int) -> int:
-    return num_tokens * (6 * architecture.hidden_size + 3 * architecture.intermediate_size) * bytes_per_value
+    hidden, inner, experts = architecture.hidden_size, 3 * architecture.intermediate_size, architecture.experts
+    if experts is not None:
+        # Each of a token's experts has its inner features and its result at once.
+        inner = max(inner, experts.num_experts_per_token * (experts.intermediate_size + hidden))
+    return num_tokens * (6 * hidden + inner) * bytes_per_value
 
 
 class CacheRoom(msgspec.Struct, frozen=True):
@@ -156,7 +160,8 @@ def _context_length(
     asked, own = config.model.max_context_length, architecture.max_position
     if asked > own:
         raise StartupError(
-            f"model.max_context_length = {asked} is above the model's own limit of {own} tokens: lower it"
+            f"model.max_context_length = {asked} is above the model's own limit of {own} tokens: lower it, or choose "
+            "model.rope_scaling, which most models take"
         )
     wanted = asked or own
     if wanted <= num_tokens:

@@ -31,6 +31,7 @@ class SlotState:
         self.sampling: npt.NDArray[np.float32] = np.zeros((num_slots, 7), dtype=np.float32)
         self.seeds: npt.NDArray[np.int64] = np.zeros(num_slots, dtype=np.int64)
         self.logit_bias: list[tuple[tuple[int, float], ...]] = [()] * num_slots
+        self.adapters: npt.NDArray[np.int64] = np.zeros(num_slots, dtype=np.int64)  # 0 = none
         # Token counts, for penalties; 5 bytes per slot and vocabulary entry, so only once a request asks for them.
         self.output_counts: Tensor | None = None  # [L, V] int32
         self.prompt_mask: Tensor | None = None  # [L, V] bool
@@ -62,6 +63,7 @@ class SlotState:
             self.sampling[init.slot] = _columns(params)
             self.seeds[init.slot] = params.seed
             self.logit_bias[init.slot] = params.logit_bias
+            self.adapters[init.slot] = init.adapter
             if params.has_penalties:
                 self._rebuild_counts(init)
         # A shorter sequence must not attend to, or be padded with, blocks its predecessor left in the row.

@@ -7,17 +7,20 @@ launching computes. Built, used and closed on the engine thread.
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from asyncllm.executor import logprobs
-from asyncllm.executor.base import StepPlan, StepResult
+from asyncllm.executor.base import CPU_BALANCE_TOKENS, GPU_BALANCE_TOKENS, StepPlan, StepResult
+from asyncllm.executor.drafts import by_row, draft_arrays, settle
 from asyncllm.executor.inputs import StepInputs, build_inputs
 from asyncllm.executor.logprobs import Scores
 from asyncllm.executor.pooling import pool
 from asyncllm.executor.sampler import Sampler
 from asyncllm.executor.sampling_rows import SamplingRows, gather_rows
 from asyncllm.executor.slots import SlotState
+from asyncllm.layers.lora import AdapterMask
 from asyncllm.models.base import CausalLM
 from asyncllm.models.config import ModelArchitecture
 from asyncllm.types import Capacity, TokenLogprobs
@@ -31,7 +34,7 @@ class TorchStep:
     """A launched step; its tensors are read by `wait`."""
 
     num_rows: int
-    rows: list[int]  # [R], rows of the plan that sampled
+    rows: list[int]  # [R], rows of the plan that sampled; one with drafts several times
     token_ids: Tensor | None  # [R] int64
     scored_rows: dict[int, int]  # row -> alternatives wanted, in the order of `scores`
     scores: Scores | None
@@ -39,6 +42,7 @@ class TorchStep:
     prompt_scores: Scores | None
     pooled_rows: dict[int, tuple[int, int]]  # row -> query tokens, in the order of `pooled`
     pooled: Tensor | None  # [len(pooled_rows), hidden] float32
+    drafts: dict[int, list[int]]
 
     def wait(self) -> StepResult:
         """Copy the results to the host, the step's only synchronisation."""
@@ -46,7 +50,9 @@ class TorchStep:
         if self.token_ids is not None:
             # `to` releases the GIL while it waits for a device.
             sampled = self.token_ids.to("cpu").tolist()
-            if len(sampled) == self.num_rows:
+            if self.drafts:
+                result.token_ids, result.verified = by_row(self.drafts, self.rows, sampled, self.num_rows)
+            elif len(sampled) == self.num_rows:
                 result.token_ids = sampled
             else:
                 for row, token_id in zip(self.rows, sampled):
@@ -78,11 +84,15 @@ class TorchExecutor:
         device: torch.device,
         dtype: torch.dtype,
         facts: dict[str, str],
+        adapters: AdapterMask | None = None,
     ) -> None:
+        """`adapters`: of the model's layers, where they have any."""
         self.model = model
         self.capacity = capacity
         self.facts = facts
+        self.balance_tokens = CPU_BALANCE_TOKENS if device.type == "cpu" else GPU_BALANCE_TOKENS
         self._device = device
+        self._adapters = adapters
         shape = (2, capacity.num_blocks, architecture.num_kv_heads, capacity.block_size, architecture.head_dim)
         # `zeros` would leave a CPU's pages unmapped until first used; writing them now makes resident memory final.
         self.kv_caches = [  # per layer [2, num_blocks, K, B, D]
@@ -98,6 +108,8 @@ class TorchExecutor:
         """Compute the step. On a GPU the kernels may still run when this returns."""
         self.slots.apply(plan.new_slots, plan.block_writes)
         inputs = build_inputs(plan, self.slots, self.capacity.block_size, self._device)
+        if self._adapters is not None:
+            self._choose_adapters(self._adapters, plan)
         hidden = self.model.forward(inputs.input_ids, inputs.metadata, self.kv_caches)  # [N, hidden]
         token_ids, scores = self._sample(plan, inputs, hidden)
         return TorchStep(
@@ -110,6 +122,7 @@ class TorchExecutor:
             prompt_scores=self._score_prompts(plan, inputs, hidden) if plan.prompt_logprob_rows else None,
             pooled_rows=plan.pooled_rows,
             pooled=pool(hidden, plan.pooled_rows, inputs.query_starts) if plan.pooled_rows else None,
+            drafts=plan.drafts,
         )
 
     def improve(self) -> bool:
@@ -120,6 +133,14 @@ class TorchExecutor:
         """Drop weights and cache, so that their memory can be used before this object dies."""
         self.kv_caches.clear()
         del self.model
+
+    def _choose_adapters(self, mask: AdapterMask, plan: StepPlan) -> None:
+        """Whose each token is; a step without any adapter does without their products."""
+        adapters = self.slots.adapters[plan.slots]  # [S]
+        if adapters.any():
+            mask.choose(torch.from_numpy(np.repeat(adapters, plan.num_query_tokens)).to(self._device))
+        else:
+            mask.choose(None)
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> tuple[Tensor | None, Scores | None]:
         """Sample the rows that want a token and remember it in their slots: ids [R] and scores of those who asked."""
@@ -139,6 +160,9 @@ class TorchExecutor:
         masks = {index_of[row]: mask for row, mask in plan.masks.items()}
         token_ids = self._sampler.sample(logits, self._sampling_rows(inputs), inputs.sample_positions, banned, masks)
         self.slots.last_token.index_copy_(0, inputs.sampling_slot_index, token_ids)
+        if plan.drafts:
+            drafts = (self._array(array) for array in draft_arrays(plan, np.array(rows)))
+            settle(token_ids, self.slots.last_token, *drafts)
         if raw is None or scored is None:
             return token_ids, None
         return token_ids, logprobs.score(raw, token_ids.index_select(0, scored), max(plan.logprob_rows.values()))
@@ -170,4 +194,7 @@ class TorchExecutor:
         return logprobs.concatenate(parts)
 
     def _index(self, values: list[int]) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self._device)
+        return self._array(np.array(values, dtype=np.int64))
+
+    def _array(self, values: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)

@@ -49,6 +49,9 @@ def warm_up_largest(executor: Executor, max_batched_tokens: int) -> None:
     decodes = _plan(capacity, None, rows, is_decode=True)
     _ask_everything(decodes, capacity)
     executor.launch(decodes).wait()
+    drafts = _draft_plan(capacity, max_batched_tokens)
+    _ask_everything(drafts, capacity)
+    executor.launch(drafts).wait()
     for params in _DRAWS:
         # One decode row beside prompts, then all rows alone.
         mixed = _plan(capacity, params, [1, min(2, longest)][: capacity.max_sequences], is_decode=False)
@@ -62,6 +65,16 @@ def _ask_everything(plan: StepPlan, capacity: Capacity) -> None:
     plan.banned = {0: [1]}
     plan.masks = dict.fromkeys(rows, b"\xff" * (4 * -(-capacity.vocab_size // 32)))
     plan.logprob_rows = dict.fromkeys(rows, 20)
+
+
+def _draft_plan(capacity: Capacity, max_batched_tokens: int) -> StepPlan:
+    """As many samples as there can be, the drafts spread over all rows."""
+    num_rows = min(capacity.max_sequences, max_batched_tokens)
+    room = min(capacity.max_samples, max_batched_tokens, num_rows * capacity.max_context_length) - num_rows
+    lens = [1 + room // num_rows + (row < room % num_rows) for row in range(num_rows)]
+    plan = _plan(capacity, None, lens, is_decode=False)
+    plan.drafts = {row: [0] * (num_query - 1) for row, num_query in enumerate(lens) if num_query > 1}
+    return plan
 
 
 def _plan(

@@ -1,6 +1,7 @@
 """A linear layer, possibly several of the checkpoint's stacked into one product.
 
-On a CPU in bfloat16 the weight is packed once into oneDNN's blocked layout. Knows nothing of models. Engine thread.
+On a CPU in bfloat16 the weight is packed once into oneDNN's blocked layout; where the checkpoint has it in 4-bit
+blocks, products of few rows read those instead. Knows nothing of models. Engine thread.
 """
 
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from asyncllm.layers.blocks import OUT_MULTIPLE, BlockProduct, BlockRows, max_rows
 
 
 class Linear(nn.Module):
@@ -22,10 +25,23 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         assert parts is None or sum(parts.values()) == out_features, (parts, out_features)
+        self.in_features, self.out_features = in_features, out_features
         self.parts = parts
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self._packed: Tensor | None = None  # opaque oneDNN tensor
+        self._blocks: dict[int, BlockRows] = {}  # by the number of the part, until `prepare`
+        self.block_product: BlockProduct | None = None  # of up to _max_block_rows rows
+        self._max_block_rows = 0
+
+    def keep_blocks(self, part: int, blocks: BlockRows) -> None:
+        """Beside the loaded weight, the same values as the checkpoint has them."""
+        self._blocks[part] = blocks
+
+    def block_rows(self) -> list[Tensor]:
+        """Rows of bytes, one for each output, of all that came in blocks; empty unless all did."""
+        whole = len(self._blocks) == len(self.parts or "1")
+        return [self._blocks[part].rows for part in sorted(self._blocks)] if whole else []
 
     def prepare(self, fused: bool) -> None:
         """Pack the loaded weight where that is faster, and let go of the plain one.
@@ -35,11 +51,27 @@ class Linear(nn.Module):
         """
         if self.weight is None or not can_pack(self.weight):
             return
+        if self.block_rows() and self.out_features % OUT_MULTIPLE == 0 and max_rows() > 0:
+            self.block_product = BlockProduct([self._blocks[part] for part in sorted(self._blocks)])
+            self._max_block_rows = max_rows()
+        self._blocks.clear()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
         self.weight = None
 
+    @property
+    def num_bytes(self) -> int:
+        """What a product of one row reads of the weight."""
+        if self.block_product is not None:
+            return self.block_product.num_bytes
+        weight = self._packed if self.weight is None else self.weight
+        assert weight is not None
+        return weight.element_size() * self.in_features * self.out_features
+
     def forward(self, x: Tensor) -> Tensor:  # hot
         """[N, in_features] -> [N, out_features]."""
+        if self.block_product is not None and len(x) <= self._max_block_rows:
+            out = self.block_product(x)
+            return out if self.bias is None else out.add_(self.bias)
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         assert self.weight is not None

@@ -13,6 +13,16 @@ FEW_ROWS = 16
 
 
 @triton.jit
+def activate(gate: tl.tensor, GELU_TANH: tl.constexpr) -> tl.tensor:
+    """silu, or gelu in its tanh form, of float32 values."""
+    logit = gate
+    if GELU_TANH:
+        # (1 + tanh(z)) / 2 = sigmoid(2z): both activations are x · sigmoid(some polynomial of x).
+        logit = gate * (1.5957691216057308 + 0.07135481282736302 * gate * gate)  # 2·sqrt(2/π)·(x + 0.044715·x³)
+    return gate * (1.0 / (1.0 + tl.exp2(logit * -1.4426950408889634)))  # -log2(e)
+
+
+@triton.jit
 def _gate(
     gate_up: tl.tensor,  # [N, 2F]
     out: tl.tensor,  # [N, F]
@@ -31,12 +41,7 @@ def _gate(
     up = tl.load(gate_up + 2 * row + NUM_FEATURES + columns, mask=present, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    logit = gate
-    if GELU_TANH:
-        # (1 + tanh(z)) / 2 = sigmoid(2z): both activations are x · sigmoid(some polynomial of x).
-        logit = gate * (1.5957691216057308 + 0.07135481282736302 * gate * gate)  # 2·sqrt(2/π)·(x + 0.044715·x³)
-    sigmoid = 1.0 / (1.0 + tl.exp2(logit * -1.4426950408889634))  # -log2(e)
-    tl.store(out + row + columns, (gate * sigmoid * up).to(out.dtype.element_ty), mask=present)
+    tl.store(out + row + columns, (activate(gate, GELU_TANH) * up).to(out.dtype.element_ty), mask=present)
 
 
 def silu_and_mul(gate_up: Tensor, pdl: bool = False) -> Tensor:  # hot

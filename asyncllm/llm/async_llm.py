@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from asyncllm.config import Config, load, override
-from asyncllm.errors import AsyncLLMError, InvalidRequest, Overloaded, Unavailable
+from asyncllm.errors import AsyncLLMError, InvalidRequest, Overloaded, Unavailable, show
 from asyncllm.llm.batch import Progress, run_batch
 from asyncllm.llm.inputs import (
     Messages,
@@ -155,14 +155,16 @@ class AsyncLLM:
         prompts: Prompt | Sequence[Prompt],
         params: Params | Sequence[Params] | None = None,
         *,
+        adapter: str | None = None,
         progress: bool | Progress = False,
         **fields: Any,
     ) -> list[Output]:
         """Continue one prompt or thousands; an `Output` for each, in their order.
 
         `params`: for all, or one for each; or their fields as keywords. Wrong parameters raise InvalidRequest before
-        anything runs; what goes wrong with one prompt is its output's `error`, and the others go on. `progress`: show a
-        line on standard error, or call a function with how many are done, and of how many.
+        anything runs; what goes wrong with one prompt is its output's `error`, and the others go on. `adapter`: one of
+        `lora.adapters`. `progress`: show a line on standard error, or call a function with how many are done, and of
+        how many.
         """
         given = prompts_of(prompts)
         wanted = params_of(params, fields, len(given))
@@ -170,7 +172,7 @@ class AsyncLLM:
         async def encode(index: int) -> Encoded:
             return await self._encode(given[index], wanted[index])
 
-        return await self._run(wanted, encode, progress)
+        return await self._run(wanted, encode, progress, self._adapter(adapter))
 
     async def chat(
         self,
@@ -183,6 +185,7 @@ class AsyncLLM:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        adapter: str | None = None,
         progress: bool | Progress = False,
         **fields: Any,
     ) -> list[Output]:
@@ -198,13 +201,15 @@ class AsyncLLM:
         async def encode(index: int) -> Encoded:
             return await self._render(conversations[index], wanted[index], template)
 
-        return await self._run(wanted, encode, progress)
+        return await self._run(wanted, encode, progress, self._adapter(adapter))
 
-    def stream(self, prompt: Prompt, params: Params | None = None, **fields: Any) -> AsyncIterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: Params | None = None, *, adapter: str | None = None, **fields: Any
+    ) -> AsyncIterator[Delta]:
         """Continue a prompt; what is new, as it comes. Who stops iterating ends the request."""
         given = _only(prompts_of(prompt), "prompt")
         sampling = _streamed(params, fields)
-        return self._stream(lambda: self._encode(given, sampling), sampling)
+        return self._stream(lambda: self._encode(given, sampling), sampling, self._adapter(adapter))
 
     def stream_chat(
         self,
@@ -214,23 +219,29 @@ class AsyncLLM:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        adapter: str | None = None,
         **fields: Any,
     ) -> AsyncIterator[Delta]:
         """The next turn of a conversation; what is new, as it comes. Who stops iterating ends the request."""
         conversation = _only(conversations_of(messages), "messages")
         sampling = _streamed(params, fields)
         template = template_options(add_generation_prompt, continue_final_message, chat_template_kwargs)
-        return self._stream(lambda: self._render(conversation, sampling, template), sampling)
+        return self._stream(lambda: self._render(conversation, sampling, template), sampling, self._adapter(adapter))
 
     async def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, progress: bool | Progress = False, **fields: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        adapter: str | None = None,
+        progress: bool | Progress = False,
+        **fields: Any,
     ) -> list[Embedding]:
         """The vector of one prompt or of thousands; an `Embedding` for each, in their order.
 
-        `fields`: pooling, normalize, dimensions and the others of POST /v1/embeddings. Errors and `progress` as in
-        `generate`.
+        `fields`: pooling, normalize, dimensions and the others of POST /v1/embeddings. Errors, `adapter` and `progress`
+        as in `generate`.
         """
-        given, asked = prompts_of(prompts), embedding_params(fields)
+        given, asked, number = prompts_of(prompts), embedding_params(fields), self._adapter(adapter)
         capacity = self._router().accepting()
         form = form_of(asked, Pooling(self.config.model.pooling), capacity.hidden_size)
         limit = ContextLimit(capacity.max_context_length, "prompt")
@@ -242,7 +253,7 @@ class AsyncLLM:
                 embedding.prompt_token_ids = list(token_ids)
                 if len(token_ids) > limit.num_tokens:
                     raise limit.exceeded(f"your prompt has {len(token_ids)} tokens")
-                stream = await self._push([pooled_choice(token_ids, form)], asked, "prompt")
+                stream = await self._push([pooled_choice(token_ids, form)], asked, "prompt", number)
                 try:
                     await stream.collect()
                     [choice] = stream.choices
@@ -264,6 +275,7 @@ class AsyncLLM:
         wanted: list[SamplingParams],
         encode: Callable[[int], Awaitable[Encoded]],
         progress: bool | Progress,
+        adapter: int,
     ) -> list[Output]:
         capacity = self._router().accepting()
         for sampling in {id(sampling): sampling for sampling in wanted}.values():
@@ -280,7 +292,7 @@ class AsyncLLM:
             try:
                 prompt = await encode(index)
                 output.prompt, output.prompt_token_ids = prompt.text, list(prompt.token_ids)
-                stream = await self._submit(prompt, wanted[index])
+                stream = await self._submit(prompt, wanted[index], adapter)
                 try:
                     reader = None if prompt.reader is None else prompt.reader(stream.choices)
                     _fill(output, await stream.collect(), stream, reader)
@@ -297,9 +309,11 @@ class AsyncLLM:
         """Sequences that are at work at a time."""
         return min(AT_ONCE * self._router().accepting().max_sequences, self.config.scheduler.max_queued)
 
-    async def _stream(self, encode: Callable[[], Awaitable[Encoded]], sampling: SamplingParams) -> AsyncIterator[Delta]:
+    async def _stream(
+        self, encode: Callable[[], Awaitable[Encoded]], sampling: SamplingParams, adapter: int
+    ) -> AsyncIterator[Delta]:
         params.check_token_ids(sampling, self._router().accepting().vocab_size)
-        stream = await self._submit(await encode(), sampling)
+        stream = await self._submit(await encode(), sampling, adapter)
         try:
             while deltas := await stream.get():
                 for delta in deltas:
@@ -343,7 +357,7 @@ class AsyncLLM:
             return None
         return await _when_room(lambda: router.compile_grammar(wanted.spec, wanted.param))
 
-    async def _submit(self, prompt: Encoded, sampling: SamplingParams) -> RequestStream:
+    async def _submit(self, prompt: Encoded, sampling: SamplingParams, adapter: int) -> RequestStream:
         """Hand a prompt over; waits while the queue is full."""
         router = self._router()
         capacity = router.accepting()
@@ -364,10 +378,10 @@ class AsyncLLM:
         )
         arrived = Arrived(sampling, 0, {}, time.monotonic(), capacity)
         choices = build_choices(arrived, asked, bad_words, router.tokenizer.text)
-        return await self._push(choices, sampling, prompt.param)
+        return await self._push(choices, sampling, prompt.param, adapter)
 
     async def _push(
-        self, choices: Sequence[ChoiceInput], asked: SamplingParams | EmbeddingParameters, param: str
+        self, choices: Sequence[ChoiceInput], asked: SamplingParams | EmbeddingParameters, param: str, adapter: int
     ) -> RequestStream:
         """Hand the choices of a prompt over; waits while the queue is full."""
         router, config = self._router(), self.config.scheduler
@@ -388,9 +402,18 @@ class AsyncLLM:
                         priority=asked.priority or 0,
                         cache_salt=asked.cache_salt or "",
                         timeout_s=timeout_s,
+                        adapter=adapter,
                     )
             await asyncio.sleep(ROOM_POLL_S)
             router.accepting()
+
+    def _adapter(self, name: str | None) -> int:
+        """Its number; 0 = none. Raises InvalidRequest for a name that is not in `lora.adapters`."""
+        adapters = self.serving.adapters
+        if name is not None and name not in adapters:
+            known = ", ".join(adapters) or "none"
+            raise InvalidRequest(f"adapter = {show(name)}: not in lora.adapters, which has {known}.", param="adapter")
+        return self.serving.adapter(name)
 
     def _router(self) -> Router:
         """The router. Raises Unavailable before `start`, AsyncLLMError on a loop that is not its own."""

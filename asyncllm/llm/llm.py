@@ -70,22 +70,26 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: Params | Sequence[Params] | None = None,
         *,
+        adapter: str | None = None,
         progress: bool | Progress = False,
         **fields: Any,
     ) -> list[Output]:
         """See `AsyncLLM.generate`."""
-        return self._thread.run(lambda: self._llm.generate(prompts, params, progress=progress, **fields))
+        return self._thread.run(
+            lambda: self._llm.generate(prompts, params, adapter=adapter, progress=progress, **fields)
+        )
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         params: Params | Sequence[Params] | None = None,
         *,
+        adapter: str | None = None,
         progress: bool | Progress = False,
         **fields: Any,
     ) -> list[Output]:
         """See `AsyncLLM.chat`."""
-        return self._thread.run(lambda: self._llm.chat(messages, params, progress=progress, **fields))
+        return self._thread.run(lambda: self._llm.chat(messages, params, adapter=adapter, progress=progress, **fields))
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, progress: bool | Progress = False, **fields: Any

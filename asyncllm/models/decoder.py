@@ -47,14 +47,23 @@ class DecoderAttention(nn.Module):
 
     def prepare(self, fused: bool) -> None:
         """Bring the dimensions of queries and keys that turn together to where `Rotary` wants them."""
-        if self._rotary_dim == self.head_dim:
-            return
-        order = rotary_order(self.head_dim, self._rotary_dim)
+        for parameter in self.qkv_proj.parameters():
+            self.arrange(parameter)
+        for rows in self.qkv_proj.block_rows()[:2]:  # of queries, of keys
+            self._arrange_heads(rows.unflatten(0, (-1, self.head_dim)))
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                self._arrange_heads(norm.weight[None])
+
+    def arrange(self, rows: Tensor) -> None:
+        """The same for whatever else has a row for each output of `qkv_proj`, [H + 2K heads · D, …], in place."""
         num_rows = (self.num_heads + self.num_kv_heads) * self.head_dim
-        in_heads = [p[:num_rows].unflatten(0, (-1, self.head_dim)) for p in self.qkv_proj.parameters()]
-        in_heads += [norm.weight[None] for norm in (self.q_norm, self.k_norm) if norm is not None]
-        for rows in in_heads:
-            rows.copy_(rows[:, order.to(rows.device)])
+        self._arrange_heads(rows[:num_rows].unflatten(0, (-1, self.head_dim)))
+
+    def _arrange_heads(self, heads: Tensor) -> None:
+        if self._rotary_dim != self.head_dim:
+            order = rotary_order(self.head_dim, self._rotary_dim)
+            heads.copy_(heads[:, order.to(heads.device)])
 
     def forward(self, x: Tensor, step: AttentionStep, kv_cache: Tensor) -> Tensor:  # hot
         """[N, hidden] -> [N, hidden]."""

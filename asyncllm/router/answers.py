@@ -134,6 +134,7 @@ class Reader:
         self._parsers = [make_parser() for _ in choices] if make_parser else []
         self._num_behind_thoughts = num_behind_thoughts
         self._num_reasoning = [0] * len(choices)  # tokens of thinking parts that have ended
+        self._num_read = [0] * len(choices)  # tokens whose text was pushed
 
     @property
     def is_plain(self) -> bool:
@@ -147,10 +148,14 @@ class Reader:
         Exact, but for streams in which stop strings held text back as the part ended: then a few too many, those whose
         text was held.
         """
-        return sum(
-            self._choices[index].num_output_tokens if parser.is_thinking else self._num_reasoning[index]
-            for index, parser in enumerate(self._parsers)
-        )
+        num_tokens = 0
+        for index, parser in enumerate(self._parsers):
+            choice = self._choices[index]
+            if not parser.is_thinking:
+                num_tokens += self._num_reasoning[index]
+            else:  # what nobody looked at yet may hold the end of the thinking part
+                num_tokens += choice.num_output_tokens if choice.finish_reason else self._num_read[index]
+        return num_tokens
 
     def push(self, index: int, text: str, token_ids: Sequence[int] = ()) -> list[Part]:  # hot: once per token
         """What the next text of a choice turns out to be; may come later, where a marker could begin with it.
@@ -161,6 +166,7 @@ class Reader:
             return [Part(PartKind.CONTENT, text)] if text else []
         parser = self._parsers[index]
         held = parser.held if token_ids else ""
+        self._num_read[index] += len(token_ids) or 1
         parts = parser.push(text)
         if parser.has_thought and not self._num_reasoning[index]:
             num_tokens = self._choices[index].num_output_tokens

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from asyncllm.config import Config
-from asyncllm.errors import CapacityError, StartupError, Unavailable
+from asyncllm.errors import CapacityError, InvalidRequest, StartupError, Unavailable, show
 from asyncllm.router.admission import Queue
 from asyncllm.router.answers import AnswerFormat
 from asyncllm.router.chat_template import ChatTemplate
@@ -263,16 +263,20 @@ class Router:
         cache_salt: str = "",
         timeout_s: float | None = None,
         arrival_s: float | None = None,
+        adapter: int = 0,
     ) -> RequestStream:
         """Hand all choices to the engine, or none.
 
         Raises Unavailable, CapacityError, or Overloaded with the time after which to try again. `arrival_s` is where
         the clock of timings and deadline starts, now if not given; `timeout_s` None means the configured default.
+        `adapter`: its number in the order of `lora.adapters`, from 1; 0 = none.
         """
         capacity = self.accepting()
         assert choices, "a request has at least one choice"
         for choice in choices:
             _check_capacity(choice, capacity)
+            if self.tokenizer.vocab_size > capacity.vocab_size:
+                self._check_vocabulary(choice.prompt_token_ids, capacity.vocab_size)
         num_tokens = sum({choice.prompt_index: len(choice.prompt_token_ids) for choice in choices}.values())
         if refusal := self.queue.refusal(len(choices), num_tokens):
             self._metrics.count_rejected(refusal[0])
@@ -281,13 +285,22 @@ class Router:
         running = self._running
         stream = RequestStream(public_id, now_s if arrival_s is None else arrival_s, running.abandon, running.wake_list)
         self._running.add_stream(stream)
-        self._push(stream, choices, priority, cache_salt)
+        self._push(stream, choices, priority, cache_salt, adapter)
         limit_s = self._time_limit_s(timeout_s)
         if limit_s is not None:
             assert self._loop is not None
             left_s = max(stream.arrival_s + limit_s - now_s, 0.0)
             stream.deadline = self._loop.call_later(left_s, self._running.cut, stream, FinishReason.TIMEOUT)
         return stream
+
+    def _check_vocabulary(self, token_ids: Sequence[int], vocab_size: int) -> None:
+        """Refuse tokens that the tokenizer knows and the model has no vector for, which would be the engine's end."""
+        unknown = next((token_id for token_id in token_ids if token_id >= vocab_size), None)
+        if unknown is not None:
+            text = show(self.tokenizer.decode([unknown]))
+            raise InvalidRequest(
+                f"The prompt holds {text}, token {unknown} of the tokenizer, but this model knows only {vocab_size}."
+            )
 
     def abort(self, public_id: str) -> bool:
         """End a request with finish_reason "abort"; False when no such request runs."""
@@ -296,7 +309,9 @@ class Router:
             self._running.cut(stream, FinishReason.ABORT)
         return bool(streams)
 
-    def _push(self, stream: RequestStream, choices: Sequence[ChoiceInput], priority: int, cache_salt: str) -> None:
+    def _push(
+        self, stream: RequestStream, choices: Sequence[ChoiceInput], priority: int, cache_salt: str, adapter: int
+    ) -> None:
         firsts: dict[int, int] = {}  # prompt index -> the request that computes this prompt for its siblings
         for index, choice in enumerate(choices):
             request_id = next(self._request_ids)
@@ -312,6 +327,7 @@ class Router:
                 after=after,
                 constraint=choice.constraint,
                 pooling=choice.pooling,
+                adapter=adapter,
             )
             if not self._engine.submit(command):
                 self._running.withdraw(stream)
@@ -376,6 +392,12 @@ class Router:
     def _on_ready(self, ready: EngineReady) -> None:
         self.capacity = ready.capacity
         self.facts = ready.facts | {"sampling defaults": str(self.tokenizer.text.sampling)}
+        if self.tokenizer.vocab_size > ready.capacity.vocab_size:
+            log.warning(
+                "the tokenizer has %d tokens and the model %d: prompts that hold one of the others are refused",
+                self.tokenizer.vocab_size,
+                ready.capacity.vocab_size,
+            )
         if self.state == STARTING:
             self.state = READY
         self._ready_or_dead.set()

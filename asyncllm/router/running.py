@@ -95,7 +95,7 @@ class Running:
             self._feed_finished(output.finished)
 
     def _feed_tokens(self, output: StepOutput, at_once: bool) -> None:  # hot: the only loop over tokens
-        choices, finished, logprobs = self._choices, output.finished, output.logprobs
+        choices, finished, logprobs, runs = self._choices, output.finished, output.logprobs, output.runs
         metrics, committed_s = self._metrics, output.committed_s
         # The rows of a step mostly had their last token at the same time: one observation for all of them.
         previous_s, num_same = 0.0, 0
@@ -104,6 +104,8 @@ class Running:
         for request_id, token_id in zip(reversed(output.request_ids), reversed(output.token_ids)):
             choice = choices.get(request_id)
             if choice is None:
+                continue
+            if runs is not None and request_id in runs and not self._feed_run(choice, output, at_once):
                 continue
             last_s = choice.last_token_s
             if last_s == previous_s:
@@ -136,6 +138,27 @@ class Running:
                 choice.stream.wake(is_first=not last_s)
         if previous_s:
             metrics.observe_inter_token(committed_s - previous_s, num_same)
+
+    def _feed_run(self, choice: ChoiceStream, output: StepOutput, at_once: bool) -> bool:
+        """The tokens of a choice in front of its last one in this step; False where its text ended in them."""
+        assert output.runs is not None
+        committed_s = output.committed_s
+        for token_id in output.runs[choice.request_id]:
+            is_due = not choice.num_output_tokens % self._stream_interval
+            self._metrics.observe_inter_token(committed_s - choice.last_token_s)
+            try:
+                is_stopped = choice.push(token_id, None, committed_s, False, at_once and is_due)
+            except Exception:
+                self._fail_text(choice)
+                return False
+            if is_stopped:
+                if choice.request_id not in output.finished:
+                    self._engine.abort(choice.request_id)
+                self._finish(choice, FinishReason.STOP, None)
+                return False
+            if choice.has_news and is_due and not choice.stream.is_listed:
+                choice.stream.wake()
+        return True
 
     def _feed_started(self, started: dict[int, Started]) -> None:
         for request_id, start in started.items():

@@ -6,7 +6,6 @@ keeps room, and what is written of 2,048 vectors, 25 MB as numbers, is written i
 
 import asyncio
 import base64
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from asyncllm.server.embeddings_wire import (
     EmbeddingsUsage,
 )
 from asyncllm.server.job import prepare
+from asyncllm.server.pause import Pause
 from asyncllm.server.replies import PromptTokensDetails, encode_json
 from asyncllm.server.serving import REQUEST_ID, SERVING
 from asyncllm.types import Floats, Pooling, SamplingParams
@@ -73,6 +73,7 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
             cache_salt=body.cache_salt or "",
             timeout_s=timeout_s,
             arrival_s=arrived.arrival_s,
+            adapter=serving.adapter(body.model),
         )
 
     batch = Batch(router, submit, form, body.encoding_format == "base64")
@@ -153,7 +154,7 @@ async def inputs_of(given: Any, vocab_size: int, limit: InputLimit) -> list[str 
     if any(type(item) is not type(inputs[0]) for item in inputs):
         raise params.mixed("input")
     checked: list[str | Sequence[int]] = []
-    pause = Pause()
+    pause = Pause(PIECE_S)
     for index, item in enumerate(inputs):
         if not item:
             raise limit.empty(index)
@@ -237,7 +238,7 @@ class Batch:
     async def _finish(self, stream: RequestStream, vectors: list[bytes]) -> None:
         """Wait for the end of a slice and append its vectors."""
         await stream.collect()
-        pause = Pause()
+        pause = Pause(PIECE_S)
         for choice in stream.choices:
             values = vector(pooled_sums(choice, self._router), choice.num_prompt_tokens, self._form)
             embedding: str | list[float] = _base64(values) if self._as_base64 else values.tolist()
@@ -267,19 +268,6 @@ def _expired() -> Timeout:
 # --- the answer ------------------------------------------------------------------------------------------------------
 
 
-class Pause:
-    """Lets the loop run now and then during work that takes long."""
-
-    def __init__(self) -> None:
-        self._begin_s = time.monotonic()
-
-    async def when_due(self) -> None:
-        """Look away if the last look was a while ago."""
-        if time.monotonic() - self._begin_s > PIECE_S:
-            await asyncio.sleep(0)
-            self._begin_s = time.monotonic()
-
-
 def _base64(values: Floats) -> str:
     return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
@@ -290,7 +278,7 @@ async def _send(request: web.Request, pieces: Sequence[bytes], headers: dict[str
     response.content_length = sum(map(len, pieces))
     await response.prepare(request)
     timeout_s = request.app[SERVING].config.server.write_timeout_s or None
-    pause = Pause()
+    pause = Pause(PIECE_S)
     try:
         for piece in pieces:
             async with asyncio.timeout(timeout_s):

@@ -145,6 +145,7 @@ async def admit(request: web.Request, arrived: Arrived[Any], asked: Asked) -> Jo
         cache_salt=body.cache_salt or "",
         timeout_s=timeout_s,
         arrival_s=arrived.arrival_s,
+        adapter=serving.adapter(body.model),
     )
     options = body.stream_options
     return Job(

@@ -31,6 +31,7 @@ from asyncllm.server.connections import GuardedRunner
 from asyncllm.server.serving import Serving
 from asyncllm.threads import available_cores, parse_cores, pin, show_cores
 from asyncllm.weights.checkpoint import open_checkpoint
+from asyncllm.weights.rope import stretched
 
 if TYPE_CHECKING:
     from asyncllm.executor.base import Executor
@@ -122,6 +123,7 @@ async def load(serving: Serving, engine_cores: Collection[int]) -> Router:
         checkpoint = await asyncio.to_thread(
             open_checkpoint, model.path, model.revision, model.load_format, model.generation_config
         )
+        checkpoint.architecture = stretched(checkpoint.architecture, model.rope_scaling, model.max_context_length)
     with phase(serving, "load tokenizer"):
         backend = await asyncio.to_thread(checkpoint.tokenizer)
         text = choose_template(checkpoint.text, model.chat_template, backend)
@@ -134,7 +136,7 @@ async def load(serving: Serving, engine_cores: Collection[int]) -> Router:
 
         return build_executor(config, checkpoint, report)
 
-    engine = Engine(make_executor, config.scheduler, config.cache, cores=engine_cores)
+    engine = Engine(make_executor, config.scheduler, config.cache, speculative=config.speculative, cores=engine_cores)
     router = Router(engine, tokenizer, template, config, serving.metrics, serving.startup.phases)
     serving.attach(router)
     router.start()

@@ -285,7 +285,7 @@ def _ratio(value: float, by: float) -> float:
 
 
 async def models(request: web.Request) -> web.Response:
-    """The served model under all its names."""
+    """The served model under all its names, and its adapters."""
     serving = request.app[SERVING]
     capacity = serving.router.capacity if serving.attached else None
     parameters = serving.facts.get("parameters", "").replace(",", "")
@@ -299,8 +299,9 @@ async def models(request: web.Request) -> web.Response:
                     context_length=capacity.max_context_length if capacity else None,
                     loaded=capacity is not None,
                     backend=BACKEND,
+                    parent=serving.model_name if name in serving.adapters else None,
                 )
-                for name in [serving.model_name, *sorted(serving.names - {serving.model_name})]
+                for name in serving.listed_names
             ],
             default_model=serving.model_name,
         )

@@ -87,6 +87,7 @@ class NativeModel(msgspec.Struct):
     context_length: int | None  # tokens; None until the model is loaded
     loaded: bool
     backend: str
+    parent: str | None = None  # of an adapter: the model it changes
 
 
 class NativeModels(msgspec.Struct):

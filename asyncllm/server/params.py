@@ -298,6 +298,7 @@ def sampling_params(
         bad_words=bad_words,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        speculative_tokens=request.speculative_tokens,
     )
 
 

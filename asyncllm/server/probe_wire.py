@@ -66,14 +66,14 @@ class Version(msgspec.Struct):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """One served name; its context in tokens, null until the model is loaded."""
+    """One served name; its context in tokens, null until the model is loaded. An adapter's parent is the model."""
 
     id: str
     object: str = "model"
     created: int
     owned_by: str = "asyncllm"
     root: str
-    parent: None = None
+    parent: str | None = None
     max_model_len: int | None
     context_length: int | None
 

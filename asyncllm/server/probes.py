@@ -1,6 +1,5 @@
 """What operators and load balancers ask: probes, models, load, version, metrics, abort."""
 
-import asyncio
 import os
 import platform
 import time
@@ -10,6 +9,7 @@ from aiohttp import web
 from asyncllm import __version__
 from asyncllm.errors import NotFound, show
 from asyncllm.server.body import check_content_type, decode_body, read_body
+from asyncllm.server.pause import Pause
 from asyncllm.server.probe_wire import (
     Aborted,
     Health,
@@ -27,7 +27,7 @@ from asyncllm.server.serving import SERVING, Serving, version_of
 from asyncllm.server.wire import AbortRequest
 
 RETRY = {"Retry-After": "1"}
-METRICS_PIECE_S = 0.004  # then the loop looks at everybody else: every pause is a turn of it, 5 ms on a busy machine
+METRICS_PIECE_S = 0.004  # of writing them, before the loop looks at everybody else
 
 
 async def livez(request: web.Request) -> web.Response:
@@ -120,17 +120,17 @@ def _model_card(serving: Serving, name: str) -> ModelCard:
     return ModelCard(
         id=name,
         created=serving.created,
-        root=serving.model_name,
+        root=name if name in serving.adapters else serving.model_name,
+        parent=serving.model_name if name in serving.adapters else None,
         max_model_len=context,
         context_length=context,
     )
 
 
 async def models(request: web.Request) -> web.Response:
-    """The served model under all its names."""
+    """The served model under all its names, and its adapters."""
     serving = request.app[SERVING]
-    names = [serving.model_name, *sorted(serving.names - {serving.model_name})]
-    return json_response(ModelList(data=[_model_card(serving, name) for name in names]))
+    return json_response(ModelList(data=[_model_card(serving, name) for name in serving.listed_names]))
 
 
 async def model(request: web.Request) -> web.Response:
@@ -156,10 +156,8 @@ async def abort(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus text format."""
-    families, begin_s = [], time.monotonic()
+    families, pause = [], Pause(METRICS_PIECE_S)
     for family in request.app[SERVING].metrics.families():
         families.append(family)
-        if time.monotonic() - begin_s > METRICS_PIECE_S:
-            await asyncio.sleep(0)
-            begin_s = time.monotonic()
+        await pause.when_due()
     return web.Response(body=b"".join(families), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

@@ -37,8 +37,9 @@ class Serving:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.model_name = config.model.served_name or config.model.path.rstrip("/").rsplit("/", 1)[-1]
+        self.model_name = config.model.name
         self.names = {self.model_name, *config.model.aliases}
+        self.adapters = {name: number for number, name in enumerate(config.lora.adapters, 1)}  # as the engine counts
         self.metrics = Metrics(config.metrics.prefix, self.model_name)
         self.startup = Startup()
         self.streams = OpenStreams(config.api.sse_keep_alive_s, config.server.write_timeout_s)
@@ -78,18 +79,30 @@ class Serving:
 
     def check_model(self, name: str | None) -> None:
         """Raises NotFound for a name that is not served; no name means the served model."""
-        if name is not None and name not in self.names:
+        if name is not None and name not in self.names and name not in self.adapters:
+            served = ", ".join(sorted([*self.names, *self.adapters]))
             raise NotFound(
-                f"The model {show(name)!r} does not exist. Served here: {', '.join(sorted(self.names))}.",
+                f"The model {show(name)!r} does not exist. Served here: {served}.",
                 param="model",
                 code="model_not_found",
             )
 
+    @property
+    def listed_names(self) -> list[str]:
+        """All of them: the model's own first, then its aliases, then the adapters."""
+        return [self.model_name, *sorted(self.names - {self.model_name}), *self.adapters]
+
+    def adapter(self, name: str | None) -> int:
+        """Which adapter a served name stands for; 0 = none."""
+        return self.adapters.get(name, 0) if name is not None else 0
+
 
 def fingerprint(config: Config) -> str:
-    """Changes when an answer may change: version, torch, model, precision."""
-    facts = f"{__version__} {version_of('torch')} {config.model.path} {config.model.dtype} {config.model.device}"
-    return "asyncllm-" + hashlib.sha256(facts.encode()).hexdigest()[:10]
+    """Changes when an answer may change: version, torch, model, precision, adapters."""
+    model = config.model
+    facts = [__version__, version_of("torch"), model.path, model.revision, model.dtype, model.device]
+    facts += [model.quantization, model.rope_scaling, str(model.max_context_length), str(config.lora.adapters)]
+    return "asyncllm-" + hashlib.sha256("\n".join(facts).encode()).hexdigest()[:10]
 
 
 def version_of(package: str) -> str:

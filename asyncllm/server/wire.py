@@ -38,6 +38,7 @@ Biases = Annotated[
 BadWords = Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=128)]
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=128)]
 Choices = Annotated[int, Meta(ge=1, le=128)]
+Drafts = Annotated[int, Meta(ge=0, le=16)]
 Alternatives = Annotated[int, Meta(ge=0, le=20)]
 Fewer = Annotated[int, Meta(ge=0, le=5)]
 Prompt = str | list[str | int | list[int]]
@@ -114,6 +115,9 @@ class GenerationRequest(ModelRequest, kw_only=True):
     stream_options: Annotated[StreamOptions | None, about("needs stream = true")] = None
     priority: Annotated[Int64 | None, about("lower runs first", 0)] = None
     cache_salt: Annotated[CacheSalt | None, about("only requests with the same salt share cached prefixes")] = None
+    speculative_tokens: Annotated[
+        Drafts | None, about("tokens guessed from prompt and answer per step, 0 is off; unset: as configured")
+    ] = None
     timeout: Annotated[Timeout | None, about("seconds, also as header X-Request-Timeout; keeps the text so far")] = None
     add_special_tokens: Annotated[bool | None, about("encode prompts with the model's special tokens", True)] = None
     structured_outputs: Annotated[

@@ -4,7 +4,7 @@ Torch-free at import, so that the loop thread can read text facts without paying
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import msgspec
 
@@ -13,6 +13,8 @@ from asyncllm.models.config import ModelArchitecture
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
+
+    from asyncllm.layers.blocks import BlockRows
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,4 +71,15 @@ class Checkpoint(Protocol):
 
         At most one tensor (or one mapped shard) is held at a time. Raises StartupError on damaged files.
         """
+        ...
+
+
+@runtime_checkable
+class BlockCheckpoint(Protocol):
+    """A checkpoint that can also hand out weights as it stores them, in 4-bit blocks."""
+
+    num_block_bytes: int  # of all tensors in such blocks
+
+    def blocks(self, name: str) -> "BlockRows | None":
+        """A tensor by its Hugging Face name, in memory of its own; None where it is stored otherwise."""
         ...

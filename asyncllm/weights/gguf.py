@@ -5,6 +5,7 @@ Any thread.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import numpy
     import torch
     from tokenizers import Tokenizer
+
+    from asyncllm.layers.blocks import BlockRows
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Those whose values a test compares with the gguf package's, one by one.
@@ -64,8 +67,6 @@ class GGUFCheckpoint:
         import numpy
         import torch
 
-        architecture = self.architecture
-        num_heads = {"q_proj": architecture.num_heads, "k_proj": architecture.num_kv_heads}
         data = numpy.memmap(self._path, mode="r")
         with Progress(f"loading {self._path.name}", self.num_bytes) as progress:
             for info in self._tensors:
@@ -73,9 +74,47 @@ class GGUFCheckpoint:
                     continue
                 name = hugging_face_name(self._path, self._family, info.name)
                 tensor = torch.from_numpy(dequantized(self._path, data, info))
-                heads = num_heads.get(name.split(".")[-2]) if self._family.interleaved else None
-                yield from _as_hugging_face(self._family, name, tensor if heads is None else unpermute(tensor, heads))
+                yield from _as_hugging_face(self._family, name, self._in_halves(name, tensor))
                 progress.advance(num_tensor_bytes(self._path, info))
+
+    def blocks(self, name: str) -> "BlockRows | None":
+        """See `BlockCheckpoint`: a matrix whose blocks torch can multiply, its rows in Hugging Face's order."""
+        import numpy
+        import torch
+
+        from asyncllm.layers.blocks import BLOCK_BYTES, BlockRows
+
+        info = self._infos.get(name)
+        if info is None or name.rpartition(".")[0].endswith(self._family.transposed or ("none",)):
+            return None
+        kind = ggml_type(self._path, info).name
+        if kind not in BLOCK_BYTES:
+            return None
+        data = numpy.memmap(self._path, mode="r")[info.offset : info.offset + num_tensor_bytes(self._path, info)]
+        stored = torch.from_numpy(numpy.array(data).reshape(_num_rows(info), -1))
+        return BlockRows(kind, self._in_halves(name, stored))
+
+    @property
+    def num_block_bytes(self) -> int:
+        """See `BlockCheckpoint`."""
+        from asyncllm.layers.blocks import BLOCK_BYTES
+
+        infos = (info for info in self._tensors if ggml_type(self._path, info).name in BLOCK_BYTES)
+        return sum(num_tensor_bytes(self._path, info) for info in infos)
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        """Tensors by their Hugging Face names; stacks of experts have a placeholder in theirs."""
+        infos = [info for info in self._tensors if info.name not in ROPE_TENSORS]
+        return {hugging_face_name(self._path, self._family, info.name): info for info in infos}
+
+    def _in_halves(self, name: str, rows: "torch.Tensor") -> "torch.Tensor":
+        """Rows of queries and keys in the order of Hugging Face's rope, where the converter changed that."""
+        if not self._family.interleaved:
+            return rows
+        num_heads = {"q_proj": self.architecture.num_heads, "k_proj": self.architecture.num_kv_heads}
+        heads = num_heads.get(name.split(".")[-2])
+        return rows if heads is None else unpermute(rows, heads)
 
     def _config(self, header: GGUFHeader) -> dict[str, Any]:
         def read_floats(name: str) -> tuple[float, ...]:

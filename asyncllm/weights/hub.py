@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ def fetch_file(repository: str, name: str, revision: str) -> Path:
     if not (directory / name).is_file():
         raise StartupError(f"{repository} on the hub has no file {name}")
     return directory / name
+
+
+def fetch_adapter(repository: str, names: Sequence[str]) -> Path:
+    """The directory of an adapter, with those of these files that it has. Raises StartupError, one line."""
+    return _fetch(repository, "", list(names))
 
 
 def stored_on_hub(repository: str, revision: str) -> dict[str, int]:

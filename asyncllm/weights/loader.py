@@ -1,6 +1,7 @@
 """Fills a model from a checkpoint, tensor by tensor.
 
-Knows how stacked layers take their parts and how tied weights are shared; knows no file format. Engine thread.
+Knows how stacked layers and experts take their parts and how tied weights are shared; knows no file format. Engine
+thread.
 """
 
 from typing import cast
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from asyncllm.attention.base import AttentionBackend
 from asyncllm.errors import StartupError, show
+from asyncllm.layers.experts import ExpertWeights
 from asyncllm.layers.linear import Linear
 from asyncllm.models.base import CausalLM
 from asyncllm.models.registry import build_model
-from asyncllm.weights.base import Checkpoint
+from asyncllm.weights.base import BlockCheckpoint, Checkpoint
 from asyncllm.weights.names import decoder_tensor
 
 MAX_NAMES_SHOWN = 4
@@ -23,21 +25,20 @@ MAX_NAMES_SHOWN = 4
 class Target(msgspec.Struct, frozen=True):
     """Where one checkpoint tensor goes."""
 
-    parameter: Tensor
-    start: int  # first row
-    num_rows: int
+    destination: Tensor  # a parameter, or the rows of one that the tensor fills
     optional: bool  # a tied weight, which some checkpoints store a second time
-
-    @property
-    def destination(self) -> Tensor:
-        """The rows of the parameter that the tensor fills."""
-        return self.parameter[self.start : self.start + self.num_rows]
 
 
 def load_model(
-    checkpoint: Checkpoint, attention: AttentionBackend, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    attention: AttentionBackend,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_blocks: bool = False,
 ) -> CausalLM:
     """Build the checkpoint's model and stream its weights in.
+
+    With `keep_blocks`, layers that the checkpoint stores in 4-bit blocks also get those, for products of few rows.
 
     Peak memory is the weights plus one tensor: on a CPU the pages of an empty parameter are only taken when they are
     written. Raises StartupError naming tensors that are missing, unexpected or of a wrong shape.
@@ -46,7 +47,7 @@ def load_model(
         with torch.device("meta"):
             model = build_model(checkpoint.architecture, attention)
         _materialise(model, dtype, device)
-        _fill(checkpoint, model)
+        _fill(checkpoint, model, keep_blocks)
         for module in model.modules():  # outer ones first: attention may reorder what its projections then pack
             prepare = getattr(module, "prepare", None)
             if prepare is not None:
@@ -68,36 +69,59 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 
 
 def targets_of(model: nn.Module) -> dict[str, Target]:
-    """Every tensor name a checkpoint may hold for this model."""
+    """Every tensor name a checkpoint may hold for this model, stacks as their parts."""
     targets: dict[str, Target] = {}
     seen: set[Tensor] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            parts = module.parts if isinstance(module, Linear) and module.parts else None
+            parts = _parts_of(path, module, name, parameter)
             if parts is None:
-                targets[f"{path}.{name}"] = Target(parameter, 0, parameter.shape[0], parameter in seen)
+                targets[f"{path}.{name}"] = Target(parameter, parameter in seen)
             else:
-                start, parent = 0, path.rpartition(".")[0]
-                for part, num_rows in parts.items():
-                    targets[f"{parent}.{part}.{name}"] = Target(parameter, start, num_rows, False)
-                    start += num_rows
+                targets |= {part: Target(rows, False) for part, rows in parts.items()}
             seen.add(parameter)
     return targets
 
 
 def stacks_of(model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
-    """Parameters that some checkpoints (Phi 3, GPT-2) store as one tensor, by its name, and the names of the parts."""
+    """Parameters that some checkpoints (Phi 3, GPT-2) store as one tensor, by its name, and the names of the parts.
+
+    transformers 5 keeps experts so; its checkpoints have them one by one or as it keeps them, depending on the version.
+    """
     stacks: dict[str, tuple[Tensor, list[str]]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Linear) and module.parts:
-            parent = path.rpartition(".")[0]
-            for name, parameter in module.named_parameters(recurse=False):
-                stacks[f"{path}.{name}"] = (parameter, [f"{parent}.{part}.{name}" for part in module.parts])
+        for name, parameter in module.named_parameters(recurse=False):
+            parts = _parts_of(path, module, name, parameter)
+            if parts is not None:
+                stacks[f"{path}.{name}"] = (parameter, list(parts))
     return stacks
 
 
-def _fill(checkpoint: Checkpoint, model: nn.Module) -> None:
+def _parts_of(path: str, module: nn.Module, name: str, parameter: Tensor) -> dict[str, Tensor] | None:
+    """The checkpoint's tensors that are stacked in a parameter, and the rows each fills; None where nothing is."""
+    if isinstance(module, Linear) and module.parts:
+        parent = path.rpartition(".")[0]
+        rows = parameter.split(list(module.parts.values()))
+        return {f"{parent}.{part}.{name}": some for part, some in zip(module.parts, rows)}
+    if isinstance(module, ExpertWeights):
+        return {f"{path}.{part}": rows for part, rows in module.parts(name)}
+    return None
+
+
+def _block_places(model: nn.Module) -> dict[str, tuple[Linear, int]]:
+    """The weights that a linear layer can also take in blocks: by tensor name, the layer and which of its parts."""
+    places: dict[str, tuple[Linear, int]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            parent = path.rpartition(".")[0]
+            names = [f"{parent}.{part}.weight" for part in module.parts] if module.parts else [f"{path}.weight"]
+            places |= {name: (module, index) for index, name in enumerate(names)}
+    return places
+
+
+def _fill(checkpoint: Checkpoint, model: nn.Module, keep_blocks: bool) -> None:
     targets, stacks, family = targets_of(model), stacks_of(model), checkpoint.architecture.family
+    places = _block_places(model) if keep_blocks else {}
     missing = {name for name, target in targets.items() if not target.optional}
     unexpected = []
     for stored_name, stored in checkpoint.tensors():
@@ -120,6 +144,10 @@ def _fill(checkpoint: Checkpoint, model: nn.Module) -> None:
                 f"expected {list(destination.shape)}"
             )
         destination.copy_(tensor)
+        if name in places and tensor is stored and isinstance(checkpoint, BlockCheckpoint):
+            layer, part = places[name]
+            if (blocks := checkpoint.blocks(stored_name)) is not None:
+                layer.keep_blocks(part, blocks)
         missing.difference_update(filled)
     if missing:
         raise StartupError(f"{checkpoint.source}: missing tensors ({len(missing)}): {_names(missing)}")

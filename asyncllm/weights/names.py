@@ -54,6 +54,12 @@ def decoder_tensor(family: str, name: str, tensor: Tensor) -> tuple[str, Tensor]
         pattern, arrange = LAYOUTS[family]
         if re.search(pattern, name):
             tensor = arrange(tensor)
+    name = decoder_name(family, name)
+    return (name, tensor) if name else None
+
+
+def decoder_name(family: str, name: str) -> str:
+    """What the decoder calls a tensor; empty for one that no text model needs."""
     for pattern, replacement in RENAMES.get(family, ()):
         name = re.sub(pattern, replacement, name)
-    return (name, tensor) if name else None
+    return name

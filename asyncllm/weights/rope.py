@@ -15,6 +15,7 @@ from asyncllm.models.config import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ModelArchitecture,
     RopeScaling,
     YarnScaling,
 )
@@ -55,6 +56,32 @@ def rope_facts(
         "rotary_dim": 0 if rotary_dim == head_dim else rotary_dim,
         "max_position": max_position,
     }
+
+
+def stretched(architecture: ModelArchitecture, kind: str, context_length: int) -> ModelArchitecture:
+    """The model for contexts of `context_length` tokens: `model.rope_scaling` of `kind` where its own are shorter.
+
+    Raises StartupError for a model that has no rope, or a scaling of its own.
+    """
+    own = architecture.max_position
+    if kind != "none" and not context_length:
+        raise StartupError(f"model.rope_scaling = {kind} needs model.max_context_length: the context to reach")
+    if kind == "none" or context_length <= own:
+        return architecture
+    if architecture.learned_positions:
+        raise StartupError(f"model.rope_scaling = {kind}: this model has learned positions and no rope; leave it out")
+    if architecture.rope_scaling is not None:
+        already = next(name for name, scaling in SCALINGS.items() if type(architecture.rope_scaling) is scaling)
+        raise StartupError(
+            f"model.rope_scaling = {kind}: this model's context of {own} tokens is stretched already ({already}): "
+            f"leave it out, or change the checkpoint's rope_scaling"
+        )
+    scalings: dict[str, RopeScaling] = {
+        "linear": LinearScaling(factor=context_length / own),
+        "dynamic": DynamicScaling(original_max_position_embeddings=own),  # its stretch comes from max_position
+        "yarn": YarnScaling(factor=context_length / own, original_max_position_embeddings=own),
+    }
+    return msgspec.structs.replace(architecture, rope_scaling=scalings[kind], max_position=context_length)
 
 
 def positive(key: str, value: object) -> float:

@@ -4,7 +4,7 @@ from collections import deque
 
 import pytest
 
-from asyncllm.config import CacheConfig, SchedulerConfig
+from asyncllm.config import ONLY_ON_REQUEST, CacheConfig, SchedulerConfig, SpeculativeConfig
 from asyncllm.engine.scheduler import Scheduler
 from asyncllm.types import Finished, FinishReason, Floats, SamplingParams, Started, StepOutput, Submit, TokenLogprobs
 from tests.fakes import FakeExecutor, NextToken, choose, greedy, pseudo_random_token, small_capacity
@@ -34,6 +34,7 @@ class Harness:
         prefix_cache: bool = True,
         max_batched_tokens: int = 64,
         max_chunk_tokens: int = 8,
+        speculative: SpeculativeConfig = ONLY_ON_REQUEST,
         **capacity: int,
     ) -> None:
         self.executor = FakeExecutor(small_capacity(**capacity), depth, next_token)
@@ -42,6 +43,9 @@ class Harness:
             SchedulerConfig(max_batched_tokens=max_batched_tokens, max_chunk_tokens=max_chunk_tokens),
             CacheConfig(prefix_cache=prefix_cache),
             clock=lambda: 42.0,
+            speculative=speculative,
+            balance_tokens=self.executor.balance_tokens,
+            depth=depth,
         )
         self.in_flight: deque = deque()
         self.tokens: dict[int, list[int]] = {}
@@ -91,7 +95,10 @@ class Harness:
     def _book(self, output: StepOutput) -> None:
         for request_id, token_id in zip(output.request_ids, output.token_ids, strict=True):
             assert request_id not in self.finished, "a token after the end"
-            self.tokens.setdefault(request_id, []).append(token_id)
+            self.tokens.setdefault(request_id, []).extend((output.runs or {}).get(request_id, ()))
+            self.tokens[request_id].append(token_id)
+        assert len(set(output.request_ids)) == len(output.request_ids), "two rows of one request"
+        assert set(output.runs or ()) <= set(output.request_ids)
         for request_id, started in (output.started or {}).items():
             assert request_id not in self.started, "started twice"
             self.started[request_id] = started

@@ -44,7 +44,8 @@ class Loop:
             self.outputs.append(output)
             if isinstance(output, StepOutput):
                 for request_id, token_id in zip(output.request_ids, output.token_ids):
-                    self.tokens.setdefault(request_id, []).append(token_id)
+                    self.tokens.setdefault(request_id, []).extend((output.runs or {}).get(request_id, ()))
+                    self.tokens[request_id].append(token_id)
                 assert not self.finished.keys() & output.finished.keys(), "finished twice"
                 self.finished |= output.finished
                 assert output.stats is not None

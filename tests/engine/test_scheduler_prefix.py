@@ -65,6 +65,28 @@ def test_cache_salts_separate_requests() -> None:
 
 
 @DEPTHS
+def test_adapters_separate_requests_whatever_their_salts(depth: int) -> None:
+    machine = Harness(depth=depth, num_blocks=40)
+    wanted = [(0, ""), (1, ""), (2, ""), (1, ""), (0, ""), (1, "a"), (2, "a"), (1, "a"), (0, "1"), (0, "a")]
+    for request_id, (adapter, salt) in enumerate(wanted, 1):
+        machine.add(submit(request_id, prompt(12), adapter=adapter, cache_salt=salt))
+        machine.run()  # on a device whose KV depends on the adapter, and which checks what it reads
+    assert [machine.started[i].num_cached_tokens for i in range(1, 11)] == [0, 0, 0, 8, 8, 0, 0, 8, 0, 0]
+    assert [new.adapter for plan in machine.executor.plans for new in plan.new_slots] == [a for a, _ in wanted]
+
+
+@DEPTHS
+def test_a_preempted_sequence_comes_back_with_its_adapter(depth: int) -> None:
+    machine = Harness(depth=depth, num_blocks=9)
+    for request_id in (1, 2, 3):
+        machine.add(submit(request_id, prompt(8), greedy(max_tokens=12), adapter=request_id % 3))
+    machine.run()
+    assert machine.scheduler.stats().num_preemptions > 0
+    entered = [new.adapter for plan in machine.executor.plans for new in plan.new_slots]
+    assert len(entered) > 3 and set(entered) == {0, 1, 2}
+
+
+@DEPTHS
 def test_siblings_wait_for_the_shared_prompt_and_do_not_hold_up_others(depth: int) -> None:
     machine = Harness(depth=depth, max_batched_tokens=8)
     machine.add(submit(1, prompt(20)), submit(2, prompt(20), after=1), submit(3, prompt(20), after=1))

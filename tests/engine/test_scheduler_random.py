@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from asyncllm.config import SpeculativeConfig
 from asyncllm.types import FinishReason, Pooling, SamplingParams, Submit
 from tests.engine.harness import Harness, expected_tokens, submit
-from tests.fakes import expected_sums, greedy
+from tests.fakes import expected_sums, greedy, repeating_token
 
 VOCAB = 97
 
@@ -27,6 +28,8 @@ def random_prompt(rng: random.Random, max_length: int) -> list[int]:
 
 def random_params(rng: random.Random, max_context_length: int, num_prompt_tokens: int) -> SamplingParams:
     max_tokens = rng.randrange(0, max_context_length - num_prompt_tokens + 1)
+    if rng.random() < 0.3:  # nothing that keeps it from drafting
+        return greedy(max_tokens, stop_token_ids=tuple(rng.sample(range(VOCAB), 8)))
     return greedy(
         max_tokens=max_tokens,
         min_tokens=rng.choice([0, 0, min(3, max_tokens)]),
@@ -34,6 +37,7 @@ def random_params(rng: random.Random, max_context_length: int, num_prompt_tokens
         bad_words=rng.choice([(), (), ((rng.randrange(VOCAB),),), ((rng.randrange(VOCAB), rng.randrange(VOCAB)),)]),
         logprobs=rng.choice([None, None, 0, 2]),
         prompt_logprobs=rng.choice([None, None, None, 1]),
+        speculative_tokens=rng.choice([None, None, 0, 1, 4, 16]),
     )
 
 
@@ -66,6 +70,15 @@ def random_machine(rng: random.Random) -> Harness:
         block_size=rng.choice([1, 2, 4]),
         max_sequences=max_sequences,
         max_context_length=rng.choice([16, 40]),
+        next_token=rng.choice([None, repeating_token(VOCAB)]),
+        speculative=SpeculativeConfig(
+            method=rng.choice(["off", "ngram"]),
+            num_speculative_tokens=rng.choice([1, 3, 16]),
+            prompt_lookup_min=rng.choice([1, 2]),
+            prompt_lookup_max=4,
+            disable_by_batch_size=rng.choice([1, 2, 16]),
+            auto_off=rng.random() < 0.5,
+        ),
     )
 
 
@@ -73,7 +86,7 @@ def assert_as_if_alone(machine: Harness, request: Submit, aborted: bool) -> None
     capacity = machine.executor.capacity
     max_length = min(capacity.max_context_length, capacity.num_kv_tokens + 1)
     prompt = request.prompt_token_ids
-    expected, reason = expected_tokens(prompt, request.params, VOCAB, max_length)
+    expected, reason = expected_tokens(prompt, request.params, VOCAB, max_length, machine.executor.next_token)
     tokens = machine.tokens.get(request.request_id, [])
     finished = machine.finished[request.request_id]
     if aborted and finished.reason is FinishReason.ABORT:
@@ -129,8 +142,11 @@ def test_a_long_day_of_traffic_leaves_an_empty_machine(seed: int) -> None:
     assert play(seed, num_requests=150).scheduler.pool.num_used == 0
 
 
-def test_random_traffic_reaches_preemption_and_prefix_hits() -> None:
+def test_random_traffic_reaches_preemption_prefix_hits_and_drafts_right_and_wrong() -> None:
     machines = [play(seed, num_requests=40) for seed in range(100, 124)]
+    num_accepted = sum(sum(machine.scheduler.stats().num_accepted_tokens) for machine in machines)
+    num_drafted = sum(machine.scheduler.stats().num_draft_tokens for machine in machines)
+    assert num_accepted > 10 and num_drafted - num_accepted > 10
     assert sum(machine.scheduler.stats().num_preemptions for machine in machines) > 20
     assert sum(machine.scheduler.stats().prefix_hit_tokens for machine in machines) > 100
 

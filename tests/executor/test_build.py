@@ -1,13 +1,17 @@
 import msgspec
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 
 from asyncllm.config import CacheConfig, Config, ExecutorConfig, ModelConfig, SchedulerConfig
 from asyncllm.errors import StartupError
 from asyncllm.executor.build import build_executor, choose_dtype
+from asyncllm.layers.linear import Linear
 from asyncllm.types import SamplingParams
 from asyncllm.weights.base import TextFacts
+from asyncllm.weights.checkpoint import open_checkpoint
 from tests.executor.tiny_model import TINY, Driver, Sequence
+from tests.weights.tiny import llama, save_gguf
 
 
 class TinyCheckpoint:
@@ -54,6 +58,24 @@ def config(**model):
 
 def build(**model):
     return build_executor(config(**model), TinyCheckpoint(), lambda phase: None)
+
+
+def test_four_bit_blocks_are_used_and_told_of_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr("asyncllm.layers.blocks.max_rows", lambda: 4)
+    monkeypatch.setattr("asyncllm.layers.linear.max_rows", lambda: 4)
+    save_gguf(tmp_path / "model.gguf", llama(vocab_size=96, hidden_size=64, intermediate_size=96), Kind.Q4_1)
+    checkpoint = open_checkpoint(str(tmp_path))
+    products = {}
+    for quantization, dtype in (("auto", "bfloat16"), ("none", "bfloat16"), ("auto", "float32")):
+        asked = config(quantization=quantization, dtype=dtype)
+        executor = build_executor(asked, checkpoint, lambda phase: None)
+        layers = [layer for layer in executor.model.modules() if isinstance(layer, Linear)]
+        products[quantization, dtype] = sum(layer.block_product is not None for layer in layers)
+        assert ("quantization" in executor.facts) == (products[quantization, dtype] > 0)
+        executor.close()
+    # Four in each of two layers; the head stays as it is where blocks would have to be torn.
+    assert products["auto", "bfloat16"] >= 8
+    assert products["none", "bfloat16"] == products["auto", "float32"] == 0
 
 
 def test_phases_are_reported_in_order_and_facts_are_words():

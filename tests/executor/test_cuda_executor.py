@@ -14,7 +14,7 @@ import torch
 
 from asyncllm.attention.torch_attention import TorchAttention
 from asyncllm.attention.triton_attention import TritonAttention
-from asyncllm.config import CacheConfig, SchedulerConfig
+from asyncllm.config import ONLY_ON_REQUEST, CacheConfig, SchedulerConfig, SpeculativeConfig
 from asyncllm.engine.scheduler import Scheduler
 from asyncllm.executor.cuda_executor import CudaExecutor
 from asyncllm.executor.device import CudaDevice, HostDevice
@@ -177,7 +177,12 @@ def test_graphs_come_one_by_one_and_serve_at_once() -> None:
 class Run(Harness):
     """The step loop over a real executor."""
 
-    def __init__(self, executor: CudaExecutor | TorchExecutor, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        executor: CudaExecutor | TorchExecutor,
+        prefix_cache: bool = True,
+        speculative: SpeculativeConfig = ONLY_ON_REQUEST,
+    ) -> None:
         super().__init__()
         self.executor = executor
         self.scheduler = Scheduler(
@@ -185,6 +190,9 @@ class Run(Harness):
             SchedulerConfig(max_sequences=ROWS, max_batched_tokens=24, max_chunk_tokens=8),
             CacheConfig(prefix_cache=prefix_cache),
             clock=lambda: 42.0,
+            speculative=speculative,
+            balance_tokens=executor.balance_tokens,
+            depth=executor.depth,
         )
         self.in_flight = deque()
 

@@ -12,7 +12,7 @@ from asyncllm.executor.memory import (
     plan_cache,
     weight_bytes,
 )
-from asyncllm.models.config import ModelArchitecture
+from asyncllm.models.config import Experts, LayerKind, ModelArchitecture
 
 SMOL = ModelArchitecture(
     family="llama",
@@ -78,6 +78,13 @@ def test_graphs_share_the_memory_of_the_largest():
     assert one > 256 * SMOL.vocab_size * 2
     assert many - one == 139 * 2 * 2**20
     assert graph_bytes(SMOL, 0, 0, 0, 2) == 0
+
+
+def test_a_step_through_experts_keeps_what_each_choice_computes():
+    experts = Experts(num_experts=64, num_experts_per_token=8, intermediate_size=512, norm_topk_prob=True)
+    mixture = msgspec.structs.replace(SMOL, layer_kinds=(LayerKind(has_experts=True),), experts=experts)
+    more = graph_bytes(mixture, 0, 1000, 1, 2) - graph_bytes(SMOL, 0, 1000, 1, 2)
+    assert more == 1000 * 2 * (8 * (512 + SMOL.hidden_size) - 3 * SMOL.intermediate_size)
 
 
 def test_summary_says_what_fits_in_words():

@@ -6,10 +6,13 @@ from pathlib import Path
 import jinja2
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from asyncllm.attention.torch_attention import TorchAttention
+from asyncllm.layers.blocks import max_rows
+from asyncllm.layers.linear import Linear
 from asyncllm.models.base import CausalLM
 from asyncllm.weights.base import Checkpoint
 from asyncllm.weights.checkpoint import open_checkpoint
@@ -18,6 +21,20 @@ from tests.models.paged import PagedRunner
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.timeout(300)
+PASSAGES = (
+    "The sea was calm when the boat left the harbour in the morning, and the fishermen hoped that the wind would stay "
+    "away until they had brought in their nets. By noon the sky had turned grey, and the first waves were breaking "
+    "over the bow.",
+    "A prime number is a whole number greater than one that has no divisors other than one and itself. There are "
+    "infinitely many of them, which was already known to the ancient Greeks: if there were a largest one, the product "
+    "of all of them plus one would have no divisor among them.",
+    "To make bread you need flour, water, salt and yeast. Mix them in a large bowl, knead the dough for ten minutes, "
+    "and let it rest in a warm place until it has doubled in size. Then shape it into a loaf and bake it in a hot "
+    "oven for forty minutes.",
+    "Rome was not built in a day. The city grew from a few villages on hills above the river Tiber, and over several "
+    "centuries it became the capital of an empire that reached from Britain to Egypt, with roads, bridges and "
+    "aqueducts that can still be seen today.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +50,11 @@ def exact(checkpoint: Checkpoint) -> CausalLM:
 @pytest.fixture(scope="module")
 def rounded(checkpoint: Checkpoint) -> CausalLM:
     return load_model(checkpoint, TorchAttention(), torch.bfloat16, CPU)
+
+
+@pytest.fixture(scope="module")
+def in_blocks(checkpoint: Checkpoint) -> CausalLM:
+    return load_model(checkpoint, TorchAttention(), torch.bfloat16, CPU, keep_blocks=True)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +118,23 @@ def test_bfloat16_is_float32_but_for_rounding(exact: CausalLM, rounded: CausalLM
     ours = PagedRunner(exact).step([("a", prompt)])[0]
     theirs = PagedRunner(rounded, dtype=torch.bfloat16).step([("a", prompt)])[0]
     assert float((ours - theirs).pow(2).mean().sqrt()) < 0.05 * float(ours.std())
+
+
+@pytest.mark.skipif(max_rows() < len(PASSAGES), reason="no fast product of 4-bit blocks on this CPU")
+def test_the_perplexity_of_four_texts_read_by_the_blocks_of_the_file_is_that_of_float32(
+    checkpoint: Checkpoint, exact: CausalLM, in_blocks: CausalLM
+) -> None:
+    assert sum(isinstance(layer, Linear) and layer.block_product is not None for layer in in_blocks.modules()) == 4 * 30
+    tokenizer = checkpoint.tokenizer()
+    texts = [tokenizer.encode(passage).ids[:50] for passage in PASSAGES]
+    whole = PagedRunner(exact, num_blocks=128).step([(str(i), text) for i, text in enumerate(texts)])
+    expected = sum(float(cross_entropy(logits[:-1], torch.tensor(text[1:]))) for logits, text in zip(whole, texts))
+    runner, nll = PagedRunner(in_blocks, num_blocks=128, dtype=torch.bfloat16), 0.0
+    for place in range(49):
+        logits = torch.cat(runner.step([(str(i), [text[place]]) for i, text in enumerate(texts)]))
+        nll += float(cross_entropy(logits, torch.tensor([text[place + 1] for text in texts])))
+    # Measured: 0.02 % below that of float32, while that of bfloat16 is 1.1 % below. It is e to the mean per token.
+    assert abs(nll / 49 - expected / len(texts)) < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,10 +2,12 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from asyncllm.errors import CapacityError, ContextLengthExceeded, InvalidRequest, Overloaded, StartupError, Unavailable
-from asyncllm.types import EngineDead, EngineReady, Finished, FinishReason, StartupPhase, StepStats
+from asyncllm.router.stream import ChoiceInput
+from asyncllm.types import EngineDead, EngineReady, Finished, FinishReason, SamplingParams, StartupPhase, StepStats
 from tests.fakes_text import CAPACITY, END, START
 from tests.router.harness import Bench, choice
 
@@ -38,6 +40,16 @@ async def test_readiness_brings_capacity_and_facts() -> None:
         {"device": "cpu", "sampling defaults": "neutral"},
     )
     assert bench.router.accepting() is CAPACITY
+
+
+async def test_a_token_that_the_model_does_not_know_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    bench.engine.push(EngineReady(msgspec.structs.replace(CAPACITY, vocab_size=100), {}))
+    await bench.router.wait_ready()
+    assert f"the tokenizer has {bench.tokenizer.vocab_size} tokens and the model 100" in caplog.text
+    bench.submit(ChoiceInput([1, 99], SamplingParams(max_tokens=4)))
+    with pytest.raises(InvalidRequest, match="token 100 of the tokenizer, but this model knows only 100"):
+        bench.submit(ChoiceInput([1, 100], SamplingParams(max_tokens=4)))
 
 
 async def test_failed_start_reaches_those_who_wait_for_readiness() -> None:

@@ -22,10 +22,12 @@ from asyncllm.config import (
     CacheConfig,
     Config,
     LoggingConfig,
+    LoRAConfig,
     MetricsConfig,
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
+    SpeculativeConfig,
 )
 from asyncllm.engine.engine import Engine
 from asyncllm.router.chat_template import ChatTemplate
@@ -173,7 +175,8 @@ def config(**tables: dict[str, Any]) -> Config:
     """A configuration for tests; each table's keys can be overridden."""
     kinds = {
         "server": ServerConfig, "model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig,
-        "api": ApiConfig, "logging": LoggingConfig, "metrics": MetricsConfig,
+        "api": ApiConfig, "lora": LoRAConfig, "speculative": SpeculativeConfig, "logging": LoggingConfig,
+        "metrics": MetricsConfig,
     }  # fmt: skip
     defaults: dict[str, dict[str, Any]] = {"model": {"path": MODEL}, "scheduler": {"max_sequences": 8}}
     made = {name: kind(**defaults.get(name, {}) | tables.get(name, {})) for name, kind in kinds.items()}
@@ -203,7 +206,13 @@ async def running(
     base = f"http://127.0.0.1:{runner.addresses[0][1]}"
     executor = FakeExecutor(capacity, depth, next_token, gate=gate, fail_launch_at=fail_launch_at)
     tokenizer = Tokenizer(backend or byte_tokenizer(), facts)
-    engine = Engine(make_executor or (lambda report: executor), settings.scheduler, settings.cache, debug=True)
+    engine = Engine(
+        make_executor or (lambda report: executor),
+        settings.scheduler,
+        settings.cache,
+        speculative=settings.speculative,
+        debug=True,
+    )
     router = Router(
         engine, tokenizer, ChatTemplate(facts, tokenizer), settings, serving.metrics, serving.startup.phases
     )

@@ -464,7 +464,7 @@ async def test_models_are_listed_with_what_is_known_of_them() -> None:
         assert [model["name"] for model in listed["models"]] == ["fake", "gpt-4"]
         assert listed["models"][0] == {
             "name": "fake", "type": "causal_lm", "parameters": 134_515_008, "context_length": 512, "loaded": True,
-            "backend": "torch",
+            "backend": "torch", "parent": None,
         }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from asyncllm.router.stream import ChoiceStream, Delta, RequestStream
 from tests.fakes import small_capacity
 from tests.server.harness import VOCAB_SIZE, Server, running
 
+pytestmark = pytest.mark.alone
 NUM_CHURNED = int(os.environ.get("ASYNCLLM_CHURN", "2000"))
 NUM_CHURNING = 32  # at a time, four times what the fake device runs at once
 SETTLE_S = 30.0  # for what the loop does behind a closed socket: milliseconds, and a machine may be busy

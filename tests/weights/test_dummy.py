@@ -10,7 +10,7 @@ import torch
 
 from asyncllm.attention.torch_attention import TorchAttention
 from asyncllm.errors import StartupError
-from asyncllm.models.config import ModelArchitecture
+from asyncllm.models.config import Experts, LayerKind, ModelArchitecture
 from asyncllm.weights.base import TextFacts
 from asyncllm.weights.checkpoint import open_checkpoint
 from asyncllm.weights.dummy import STD, DummyCheckpoint
@@ -39,6 +39,15 @@ QWEN3 = ModelArchitecture(
     | {"family": "qwen3", "qk_norm": True, "attention_bias": False, "tie_word_embeddings": True, "dtype": "bfloat16"}
 )
 
+QWEN3_MOE = ModelArchitecture(
+    **{field: getattr(QWEN3, field) for field in QWEN3.__struct_fields__}
+    | {
+        "family": "qwen3_moe",
+        "layer_kinds": (LayerKind(has_experts=True), LayerKind()),
+        "experts": Experts(num_experts=5, num_experts_per_token=2, intermediate_size=24, norm_topk_prob=True),
+    }
+)
+
 
 def dummy(architecture: ModelArchitecture) -> DummyCheckpoint:
     return DummyCheckpoint("dummy", architecture, TextFacts(), tiny_tokenizer)
@@ -50,7 +59,7 @@ def write_directory(directory: Path, model_type: str = "llama", name: str = "Lla
     tiny_tokenizer().save(str(directory / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, QWEN3], ids=lambda a: a.family)
+@pytest.mark.parametrize("architecture", [LLAMA, QWEN3, QWEN3_MOE], ids=lambda a: a.family)
 def test_every_parameter_of_the_model_is_filled(architecture: ModelArchitecture) -> None:
     model = load_model(dummy(architecture), TorchAttention(), torch.float32, torch.device("cpu"))
     assert sum(parameter.numel() for parameter in model.parameters()) >= architecture.num_parameters
@@ -67,6 +76,13 @@ def test_names_are_those_of_the_checkpoint_not_of_the_stacked_layers() -> None:
     assert "model.layers.1.self_attn.q_proj.weight" in names and "model.layers.0.self_attn.k_norm.weight" in names
     assert not any("qkv_proj" in name or "gate_up_proj" in name for name in names)
     assert "lm_head.weight" not in names  # tied: the embedding is stored once
+
+
+def test_experts_are_drawn_one_by_one() -> None:
+    shapes = {name: list(tensor.shape) for name, tensor in dummy(QWEN3_MOE).tensors() if ".experts." in name}
+    single = "model.layers.0.mlp.experts.{}.{}_proj.weight"
+    expected = {"gate": [24, 64], "up": [24, 64], "down": [64, 24]}
+    assert shapes == {single.format(index, part): expected[part] for index in range(5) for part in expected}
 
 
 def test_the_same_weights_come_every_time_and_no_two_tensors_are_alike() -> None:

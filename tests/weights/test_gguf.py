@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from asyncllm.attention.torch_attention import TorchAttention
 from asyncllm.errors import StartupError
+from asyncllm.weights.base import BlockCheckpoint
 from asyncllm.weights.checkpoint import open_checkpoint
 from asyncllm.weights.gguf_header import read_header
 from asyncllm.weights.loader import load_model
@@ -190,6 +191,32 @@ def test_blocks_that_only_llama_cpp_can_write_load_as_gguf_dequantizes_them(tmp_
     for name, tensor in tensors.items():
         assert numpy.isfinite(expected[name]).all() and expected[name].any()
         numpy.testing.assert_array_equal(tensor.numpy(), expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
+def test_four_bit_matrices_are_also_handed_out_in_blocks_with_rows_in_the_same_order(
+    tmp_path: Path, kind: Kind
+) -> None:
+    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), kind)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert isinstance(checkpoint, BlockCheckpoint)
+    num_bytes = 0
+    for name, tensor in checkpoint.tensors():
+        blocks = checkpoint.blocks(name)
+        assert (blocks is not None) == (tensor.ndim == 2), name
+        if blocks is not None:
+            quants, scale, offset = blocks.unpacked()
+            values = quants.unflatten(1, (-1, 32)) * scale[..., None] + offset[..., None]
+            torch.testing.assert_close(values.flatten(1), tensor, rtol=0, atol=1e-6, msg=name)
+            num_bytes += blocks.rows.nbytes
+    assert num_bytes == checkpoint.num_block_bytes
+
+
+def test_matrices_of_other_types_have_no_blocks_to_multiply(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), Kind.Q8_0)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert isinstance(checkpoint, BlockCheckpoint) and checkpoint.num_block_bytes == 0
+    assert all(checkpoint.blocks(name) is None for name, _ in checkpoint.tensors())
 
 
 def test_a_large_tensor_is_dequantized_in_slabs_with_the_same_values(

@@ -13,6 +13,7 @@ import pytest
 
 from asyncllm.weights.hub import logging_bar
 from asyncllm.weights.progress import Progress
+from tests.weights.adapters import save_adapter
 from tests.weights.hub_server import TOKEN, Hub, hub_server
 from tests.weights.test_safetensors import edit_json
 from tests.weights.tiny import llama, save_gguf, save_llama
@@ -28,6 +29,18 @@ try:
 except StartupError as error:
     sys.exit(error.message)
 print(checkpoint.name, num_tensors, checkpoint.architecture.hidden_size)
+"""
+
+
+ADAPTER_PROGRAM = """
+import sys
+from asyncllm.errors import StartupError
+from asyncllm.weights.lora import open_adapter
+try:
+    adapter = open_adapter("sql", *sys.argv[1:])
+except StartupError as error:
+    sys.exit(error.message)
+print(adapter.name, adapter.rank, len(adapter.layers))
 """
 
 
@@ -52,15 +65,15 @@ def model(tmp_path: Path) -> Path:
 class User:
     """Opens models in processes of their own, with one cache."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    def __init__(self, home: Path, program: str = PROGRAM) -> None:
+        self.home, self.program = home, program
         self.said = ""  # by the last process, on standard error
 
     def open(self, *arguments: str, **environment: str) -> str:
         """What the process printed; `said` where it printed nothing."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *arguments],
+            [sys.executable, "-c", self.program, *arguments],
             env=inherited | {"HF_HOME": str(self.home), "NO_PROXY": "127.0.0.1"} | environment,
             capture_output=True,
             text=True,
@@ -188,6 +201,20 @@ def test_a_cache_laid_out_by_the_client_is_read_offline(model: Path, user: User)
     sorted((repository / "snapshots" / commit).glob("model-*"))[1].unlink()
     said = user.refusal("owner/tiny", HF_HUB_OFFLINE="1")
     assert "model-00002" in said and "is missing" in said
+
+
+def test_an_adapter_on_the_hub_is_fetched_without_anything_else(hub: Hub, tmp_path: Path) -> None:
+    adapter, user = tmp_path / "adapter", User(tmp_path / "home", ADAPTER_PROGRAM)
+    save_adapter(adapter, llama(), 1, r=4, target_modules=["q_proj"])
+    (adapter / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    commit = hub.add("owner/sql", adapter)
+    assert user.open("owner/sql", HF_ENDPOINT=hub.url) == "sql 4 2\n"
+    assert user.snapshot(commit) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert user.open("owner/sql", HF_HUB_OFFLINE="1") == "sql 4 2\n"
+    (adapter / "adapter_model.safetensors").unlink()
+    hub.add("owner/old", adapter)
+    assert "no adapter_model.safetensors" in user.refusal("owner/old", HF_ENDPOINT=hub.url)
+    assert "the hub has no owner/missing" in user.refusal("owner/missing", HF_ENDPOINT=hub.url)
 
 
 class Clock:

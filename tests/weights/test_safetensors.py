@@ -144,6 +144,47 @@ def test_a_tensor_of_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path, nam
     assert f"tensor {name} has shape {[shape[0] + 1, *shape[1:]]}, expected {shape}" in message
 
 
+def stack_experts(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint of single experts as transformers keeps them in memory, and some of its versions on disk."""
+    stacked = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
+    layers = sorted({name.partition(".experts.")[0] for name in stored if ".experts." in name})
+    for layer in (f"{path}.experts" for path in layers):
+        indices = range(sum(name.startswith(layer) and name.endswith("up_proj.weight") for name in stored))
+        gate, up, down = (
+            torch.stack([stored[f"{layer}.{index}.{part}_proj.weight"] for index in indices])
+            for part in ("gate", "up", "down")
+        )
+        stacked |= {f"{layer}.gate_up_proj": torch.cat((gate, up), dim=1), f"{layer}.down_proj": down}
+    return stacked
+
+
+def test_stacked_experts_load_like_single_ones(tmp_path: Path) -> None:
+    save_llama(tmp_path, family="qwen3_moe")
+    file = tmp_path / "model.safetensors"
+    stored, single = load_file(file), load(tmp_path)
+    stacked = stack_experts(stored)
+    assert len(stacked) < len(stored)
+    save_file(stacked, file)
+    ours, theirs = load(tmp_path).state_dict(), single.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_experts_that_are_missing_too_many_or_laid_out_otherwise_are_named(tmp_path: Path) -> None:
+    save_llama(tmp_path, family="qwen3_moe")
+    file = tmp_path / "model.safetensors"
+    stored = {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file is about to be replaced
+    experts = "model.layers.1.mlp.experts"
+    save_file({name: tensor for name, tensor in stored.items() if name != f"{experts}.3.up_proj.weight"}, file)
+    assert f"missing tensors (1): {experts}.3.up_proj.weight" in refusal(tmp_path)
+    save_file(stored | {f"{experts}.5.up_proj.weight": torch.ones(24, 48)}, file)
+    assert f"unexpected tensors (1): {experts}.5.up_proj.weight" in refusal(tmp_path)
+    turned = stack_experts(stored)
+    turned[f"{experts}.down_proj"] = turned[f"{experts}.down_proj"].transpose(1, 2).contiguous()
+    save_file(turned, file)
+    assert f"tensor {experts}.down_proj has shape [5, 24, 48], expected [5, 48, 24]" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("size", [0, 4, 8, 100, -1, -1000])
 def test_a_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
     save_llama(tmp_path)
