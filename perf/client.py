@@ -121,10 +121,14 @@ def cut(text: str) -> str:
     return line if len(line) <= MAX_FAILURE_CHARS else line[:MAX_FAILURE_CHARS] + "…"
 
 
-def open_session(timeout_s: float) -> aiohttp.ClientSession:
-    """A session without a limit of its own on connections; `timeout_s` bounds one whole request."""
+def open_session(timeout_s: float, new_connections: bool = False) -> aiohttp.ClientSession:
+    """A session without a limit of its own on connections; `timeout_s` bounds one whole request.
+
+    `new_connections`: one for each request, for servers that close them behind a stream without a word.
+    """
     timeout = aiohttp.ClientTimeout(total=timeout_s)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+    connector = aiohttp.TCPConnector(limit=0, force_close=new_connections)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout)
 
 
 async def complete(

@@ -6,26 +6,22 @@ nothing of HTTP (`perf.load`) and nothing of processes beyond starting and freez
 """
 
 import argparse
-import asyncio
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 
-from perf import facts, load, servers
+from perf import load, servers
 from perf.checkpoint import embedded_gguf, safetensors_directory
 from perf.client import Endpoint, RequestOptions
 from perf.report import Cell, Report, ServerFacts, soak_table, summary, table
 from perf.servers import Server, ServerError, ServerSpec
 from perf.soak import SOAK_CONCURRENCY, SoakResult, soak, soak_blocks
+from perf.turns import first_answer_s, in_turns, progress, timed, unwind_on_sigterm
 
 SERVERS = ("asyncllm", "transformers", "transformers_cb")
 MIN_REQUESTS = 8  # of a cell: a median of fewer is a draw
@@ -117,7 +113,8 @@ class Bench:
                 fact = known[name]
                 fact.start_s.append(round(server.ready_s or 0.0, 3))
                 fact.memory_start = server.memory()
-                self._first_answer(server, fact)
+                first = self.params.load(server, num_requests=1, concurrency=1, seed=-1)
+                fact.first_answer_s.append(first_answer_s(server, first))
                 progress(f"start {turn + 1}  {name:<16} ready {fact.start_s[-1]:6.2f} s")
                 if turn + 1 < self.params.starts:
                     server.stop()
@@ -126,24 +123,12 @@ class Bench:
                 running[name] = server
         return running, known
 
-    def _first_answer(self, server: Server, fact: ServerFacts) -> None:
-        """Ask for one short answer: what a server does at its first request counts as its start, too."""
-        one_token = msgspec.structs.replace(self.params, output_tokens=1)
-        params = one_token.load(server, num_requests=1, concurrency=1, seed=-1)
-        result = asyncio.run(load.run(msgspec.structs.replace(params, num_warmup=0)))
-        if result.num_failed:
-            raise ServerError(f"{server.spec.name} failed its first request: {result.failures}\n{server.log_tail()}")
-        fact.first_answer_s.append(round(time.perf_counter() - server.started_at_s, 3))
-
     def measure(self, running: dict[str, Server]) -> list[Cell]:
         """All cells, round after round; within a round the servers take turns at each concurrency."""
         cells = []
         for turn in range(self.params.rounds):
-            # The order rotates, so that nobody always runs behind the same neighbour.
-            shift = turn % len(running)
-            order = [*running][shift:] + [*running][:shift]
             for concurrency in self.params.concurrency:
-                for name in order:
+                for name in in_turns(running, turn):
                     # The seed is new in every round: a prompt seen before would be served from a prefix cache.
                     cell = self._cell(running[name], concurrency, turn, seed=1 + turn * 1000 + concurrency)
                     progress(summary(cell))
@@ -152,13 +137,8 @@ class Bench:
 
     def _cell(self, server: Server, concurrency: int, turn: int, seed: int) -> Cell:
         params = self.params.load(server, self.params.num_requests(concurrency), concurrency, seed)
-        server.resume()
-        clock = facts.CpuClock([os.getpid(), *server.pids])
-        result = asyncio.run(load.run(params))
-        client_cores, *server_cores = clock.own_cores()
-        cell = Cell(server.spec.name, concurrency, turn, result, clock.foreign_cores(), client_cores, sum(server_cores))
-        server.pause()
-        return cell
+        result, cores = timed(server, params)
+        return Cell(server.spec.name, concurrency, turn, result, cores.foreign, cores.client, cores.server)
 
 
 def compare(params: CompareParams) -> Report:
@@ -184,11 +164,6 @@ def run_soak(bench: Bench) -> SoakResult:
     result = soak(server, params.load(server, params.memory_soak, SOAK_CONCURRENCY, seed=0), progress)
     server.stop()
     return result
-
-
-def progress(line: str) -> None:
-    """Tell whoever waits; standard output holds the results alone."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[CompareParams, Path | None]:
@@ -241,14 +216,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[CompareParams, Path | N
     return params, args.json_out
 
 
-def _raise_exit(number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    # SIGTERM must unwind the stack as Ctrl-C does: the servers have no terminal to tell them.
-    signal.signal(signal.SIGTERM, _raise_exit)
+    unwind_on_sigterm()
     params, json_out = parse_arguments(argv)
     try:
         report = compare(params)

@@ -35,6 +35,14 @@ def machine() -> Machine:
     return Machine(cpu, len(os.sched_getaffinity(0)), memory_bytes, platform.release())
 
 
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets this machine's processor names; empty where it names none."""
+    for line in (PROC / "cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
 def versions() -> dict[str, str | None]:
     """The versions a figure depends on; None for what is not installed here."""
     found: dict[str, str | None] = {"python": platform.python_version()}

@@ -39,6 +39,7 @@ class LoadParams(msgspec.Struct, frozen=True):
     vocab_size: int = 0  # prompts are random token ids below it; 0 = words
     seed: int = 0
     timeout_s: float = 600.0  # of one request
+    new_connections: bool = False  # one for each request, instead of kept-alive ones
 
 
 class LoadResult(msgspec.Struct, frozen=True):
@@ -65,7 +66,7 @@ class LoadResult(msgspec.Struct, frozen=True):
 
 async def run(params: LoadParams) -> LoadResult:
     """Warm the server up, learn whether it takes `ignore_eos`, then measure."""
-    async with open_session(params.timeout_s) as session:
+    async with open_session(params.timeout_s, params.new_connections) as session:
         options = await _warm_up(session, params)
         flight = _Flight(session, params, options)
         start_s = time.perf_counter()
@@ -227,6 +228,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LoadParams, Path | None
     parser.add_argument("--natural-length", action="store_true", help="let answers end by themselves: no ignore_eos")
     parser.add_argument("--extra-body", type=_json_object, default={}, metavar="JSON", help="laid over every body")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds one request may take")
+    parser.add_argument("--new-connections", action="store_true", help="one for each request: no keep-alive")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json-out", type=Path, metavar="FILE", help="write the JSON line there too")
     args = parser.parse_args(argv)
@@ -245,6 +247,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LoadParams, Path | None
         vocab_size=args.vocab_size,
         seed=args.seed,
         timeout_s=args.timeout,
+        new_connections=args.new_connections,
     )
     try:
         _prompt(params, params.num_requests + params.num_warmup)

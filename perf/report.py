@@ -89,10 +89,11 @@ def medians(cells: Sequence[Cell], server: str) -> dict[str, dict[str, Any]]:
     for cell in cells:
         if cell.server == server:
             by_concurrency.setdefault(cell.concurrency, []).append(cell)
-    return {str(concurrency): _median_cell(group) for concurrency, group in by_concurrency.items()}
+    return {str(concurrency): median_cell(group) for concurrency, group in by_concurrency.items()}
 
 
-def _median_cell(group: Sequence[Cell]) -> dict[str, Any]:
+def median_cell(group: Sequence[Cell]) -> dict[str, Any]:
+    """Medians over cells of one kind, one a round."""
     results = [cell.result for cell in group]
     figures = {
         "output_tokens_per_s": median(r.output_tokens_per_s for r in results),

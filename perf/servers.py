@@ -62,10 +62,16 @@ def asyncllm(model: str, port: int, directory: Path, device: str, dtype: str, nu
 
 
 def transformers(
-    model: str, port: int, device: str, dtype: str, continuous_batching: bool, arguments: list[str]
+    model: str,
+    port: int,
+    device: str,
+    dtype: str,
+    continuous_batching: bool,
+    arguments: list[str],
+    python: str = sys.executable,
 ) -> ServerSpec:
     """`transformers serve`, plain (one generate() after the other) or with continuous batching."""
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model, "--host", HOST]
+    command = [python, "-m", "transformers.cli.transformers", "serve", model, "--host", HOST]
     command += ["--port", str(port), "--device", device, "--dtype", dtype]
     if continuous_batching:
         command += ["--continuous-batching", *arguments]

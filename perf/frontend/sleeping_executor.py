@@ -11,7 +11,7 @@ import time
 import numpy as np
 import tokenizers
 
-from asyncllm.executor.base import StepPlan, StepResult
+from asyncllm.executor.base import GPU_BALANCE_TOKENS, StepPlan, StepResult
 from asyncllm.router.token_bytes import ByteTable, byte_scheme
 from asyncllm.types import Capacity
 from perf.frontend import board as at
@@ -62,6 +62,7 @@ class SleepingExecutor:
     """Implements `asyncllm.executor.base.Executor`."""
 
     depth = 2
+    balance_tokens = GPU_BALANCE_TOKENS
 
     def __init__(self, capacity: Capacity, token_ids: list[int], board: Board, seed: int = 0) -> None:
         """`token_ids`: what to draw from. Built on the engine thread, whose id goes on the board."""

@@ -13,6 +13,7 @@ import msgspec
 from asyncllm.types import FinishReason, SamplingParams
 from perf.gpu_check.against_transformers import compare_with_transformers
 from perf.gpu_check.embedded import embedded_model_answers
+from perf.gpu_check.experts import experts_agree
 from perf.gpu_check.findings import Findings, Found
 from perf.gpu_check.kernel_tests import KernelTests
 from perf.gpu_check.lab import Lab
@@ -161,4 +162,5 @@ _CHECKS: dict[str, Check] = {
     "aborts": aborts_leak_nothing,
     "batch_invariance": batch_changes_little,
     "embedded": embedded_model_answers,
+    "experts": experts_agree,
 }

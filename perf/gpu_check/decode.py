@@ -18,6 +18,7 @@ from asyncllm.types import SamplingParams
 from perf.gpu_check.attention_speed import attention_speed
 from perf.gpu_check.ceilings import measure_ceilings, skinny_products
 from perf.gpu_check.device import Device
+from perf.gpu_check.experts import experts_speed
 from perf.gpu_check.findings import Findings, Found, progress
 from perf.gpu_check.models import architecture, checkpoint
 from perf.gpu_check.roofline import Ceilings, ideal_step_s, step_bytes
@@ -178,6 +179,8 @@ def run(setup: Setup, findings: Findings) -> None:
     for name, batches in scale.other_models.items():
         findings.run(name, _other_model(setup, name, batches, ceilings, findings))
         device.free_memory()
+    findings.run("experts", lambda found: experts_speed(device, setup, ceilings, findings.box.part(25.0), found))
+    device.free_memory()
     findings.run("pdl", lambda found: _pdl(setup, device, ceilings, findings, found))
     device.free_memory()
     findings.run("skinny_gemm", lambda found: skinny_products(device, shapes, scale, findings.box.part(20.0), found))

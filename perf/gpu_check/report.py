@@ -52,12 +52,17 @@ def goals(setup: Setup) -> list[Goal]:
     idle = ("http", "idle")
     attention = ("decode", "attention", f"b{max(setup.scale.attention_batches)}_c{context}", "of_bandwidth")
     model_1b, model_8b = (("decode", name, f"b1_c{context}", "ms") for name in ("llama-3.2-1b", "llama-3.1-8b"))
+    mixture = [
+        Goal(f"experts of Qwen3-30B-A3B, a layer, batch {rows}", ("decode", "experts", f"n{rows}", "us"), "µs")
+        for rows in setup.scale.experts_rows
+    ]
     return [
         *lines,
         Goal("device gap between steps, batch 1, p50", (*_decode(setup, 1), "gap_us_p50"), "µs", None, 15.0),
         Goal("attention alone, largest batch, of bandwidth", attention, "%", 80.0, 90.0, True, 100.0),
         Goal("Llama-3.2-1B decode step, batch 1", model_1b, "ms", 1.2, 0.85),
         Goal("Llama-3.1-8B decode step, batch 1", model_8b, "ms", 5.5, 4.3),
+        *mixture,
         Goal("workload of 256 requests", ("workload", "asyncllm", "temperature_0.6", "tokens_per_s"), "tok/s",
              22_000.0, 28_000.0, True, headline="nano_vllm_tokens_per_s"),
         Goal("  the same, greedy", (*ours, "tokens_per_s"), "tok/s", 22_000.0, 28_000.0, True),
@@ -116,7 +121,7 @@ def roofline_share(setup: Setup, parts: Parts, goal: Goal) -> float | None:
     """What part of the possible a figure is."""
     if goal.path[:2] == ("workload", "asyncllm") and goal.path[-1] == "tokens_per_s":
         return _workload_share(setup, parts, find(parts, goal.path))
-    return find(parts, (*goal.path[:-1], "of_roofline")) if goal.path[-1] == "ms" else None
+    return find(parts, (*goal.path[:-1], "of_roofline")) if goal.path[-1] in ("ms", "us") else None
 
 
 def _workload_share(setup: Setup, parts: Parts, tokens_per_s: float | None) -> float | None:

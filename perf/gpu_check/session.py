@@ -98,6 +98,7 @@ class GatedExecutor:
         self.capacity = executor.capacity
         self.depth = executor.depth
         self.facts = executor.facts
+        self.balance_tokens = executor.balance_tokens
         self.at_gate = threading.Event()
         self.gate: threading.Event | None = None
 
@@ -218,8 +219,8 @@ class EngineSession:
             answer = answers.get(request_id)
             if answer is None:  # the request at the gate
                 continue
-            answer.tokens.append(token_id)
-            if len(answer.tokens) == limits.get(request_id):
+            answer.tokens += [*(output.runs or {}).get(request_id, ()), token_id]
+            if request_id in limits and len(answer.tokens) >= limits[request_id]:
                 self._engine.abort(request_id)
         for request_id, entry in (output.logprobs or {}).items():
             answers[request_id].logprobs.append(entry)

@@ -24,6 +24,7 @@ CHECKS = (
     "aborts",
     "batch_invariance",
     "embedded",
+    "experts",
     "kernels",
 )
 MAIN_MODEL = "qwen3-0.6b"
@@ -44,6 +45,7 @@ class Scale(msgspec.Struct, frozen=True):
     check_output_tokens: int
     check_max_batch: int
     num_aborts: int
+    experts_check_rows: tuple[int, ...]
     kernel_tests: tuple[str, ...]
     # ceilings
     copy_bytes: int
@@ -59,6 +61,8 @@ class Scale(msgspec.Struct, frozen=True):
     kv_gib: float  # 0 = what the device has left
     prefill_graph_tokens: int  # captured where no prompts are computed: the fewest the configuration allows
     other_models: dict[str, tuple[int, ...]]  # batches at the main context
+    experts_rows: tuple[int, ...]  # tokens of a step through a layer of experts
+    experts_dense_rows: int  # up to which the dense way is measured beside
     pdl_batches: tuple[int, ...]
     attention_batches: tuple[int, ...]
     profile_batches: tuple[int, ...]
@@ -80,7 +84,7 @@ class Scale(msgspec.Struct, frozen=True):
 
 
 FULL = Scale(
-    part_seconds={"correct": 140.0, "decode": 125.0, "workload": 105.0, "http": 90.0},
+    part_seconds={"correct": 145.0, "decode": 140.0, "workload": 105.0, "http": 90.0},
     device="cuda",
     dtype="bfloat16",
     max_batched_tokens=2048,
@@ -91,6 +95,7 @@ FULL = Scale(
     check_output_tokens=64,
     check_max_batch=64,
     num_aborts=1000,
+    experts_check_rows=(1, 17, 64, 300, 2048),
     kernel_tests=("tests/attention", "tests/layers"),
     copy_bytes=4 * 2**30,
     read_bytes=8 * 2**30,
@@ -104,6 +109,8 @@ FULL = Scale(
     kv_gib=0.0,
     prefill_graph_tokens=0,
     other_models={"llama-3.2-1b": (1, 32, 256), "llama-3.1-8b": (1, 32)},
+    experts_rows=(1, 8, 32, 64, 256, 2048),
+    experts_dense_rows=64,
     pdl_batches=(1, 8, 32),
     attention_batches=(1, 8, 32, 128, 256),
     profile_batches=(1, 256),
@@ -134,6 +141,7 @@ REHEARSAL = Scale(
     check_output_tokens=3,
     check_max_batch=2,
     num_aborts=4,
+    experts_check_rows=(3,),
     kernel_tests=("tests/executor/test_noise.py",),
     copy_bytes=2**20,
     read_bytes=2**20,
@@ -147,6 +155,8 @@ REHEARSAL = Scale(
     kv_gib=2**-8,
     prefill_graph_tokens=0,
     other_models={"llama-3.2-1b": (1,)},
+    experts_rows=(2,),
+    experts_dense_rows=2,
     pdl_batches=(1,),
     attention_batches=(2,),
     profile_batches=(1, 2),

@@ -17,6 +17,7 @@ from asyncllm.attention.triton_prefill import prefill_attention
 from asyncllm.attention.triton_store import norm_rope_store
 from asyncllm.layers.sampling_columns import NUM_COLUMNS
 from asyncllm.layers.triton_activation import gelu_tanh_and_mul, silu_and_mul
+from asyncllm.layers.triton_experts import mix_experts
 from asyncllm.layers.triton_logits import (
     add_to_logits,
     apply_bitmask,
@@ -136,6 +137,27 @@ def layer_cases() -> Iterator[Case]:
         yield Case(f"activation F={width} {_name(dtype)}", partial(_activations, width, dtype, MANY))
 
 
+def _experts(sizes: tuple[int, int, int, int], dtype: torch.dtype, num_tokens: int, activation: str, pdl: bool) -> None:
+    num_experts, num_chosen, hidden, inner = sizes
+    gate_up, down = empty(num_experts, 2 * inner, hidden, dtype=dtype), empty(num_experts, hidden, inner, dtype=dtype)
+    x, logits = empty(num_tokens, hidden, dtype=dtype), empty(num_tokens, num_experts, dtype=dtype)
+    mix_experts(x, logits, gate_up, down, num_chosen, True, activation)
+
+
+def experts_cases() -> Iterator[Case]:
+    """Every configuration at the sizes of Qwen3-30B-A3B, other dtypes, and sizes that no tile divides."""
+    real = (128, 8, 2048, 768)
+    for tokens in (FEW, 64, 256):
+        yield Case(f"experts N={tokens}", partial(_experts, real, BF16, tokens, "silu"))
+    # All of these kernels, for the gate that compiles one model.
+    yield Case(f"experts N={MANY}, beside Qwen3-0.6B", partial(_experts, real, BF16, MANY, "silu"))
+    for dtype in (FP16, FP32):
+        yield Case(f"experts {_name(dtype)}", partial(_experts, real, dtype, MANY, "silu"))
+    for tokens in (FEW, MANY):
+        run = partial(_experts, (60, 4, 1000, 1000), BF16, tokens, "gelu_tanh")
+        yield Case(f"experts of odd sizes N={tokens}", run)
+
+
 def _start_of_step(pdl: bool) -> None:
     block_table, last_token = int32(257, 512), int32(257)
     apply_block_writes(block_table, int32(3, 512))
@@ -236,6 +258,7 @@ def sampling_cases() -> Iterator[Case]:
 CASES = [
     *store_cases(),
     *layer_cases(),
+    *experts_cases(),
     Case("start of step, Qwen3-0.6B as any model", _start_of_step),
     *attention_cases(),
     *sampling_cases(),

@@ -29,28 +29,38 @@ class SseServer:
         self.cut_streams = cut_streams
         self.error_in_stream = error_in_stream
         self.bodies: list[dict[str, Any]] = []
+        self.ports: set[int] = set()  # of the clients: one a connection
         self.url = ""
         self._barrier = asyncio.Barrier(wait_for) if wait_for else None
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator["SseServer"]:
         """Listen until the block ends."""
-        app = web.Application()
-        app.router.add_post("/v1/completions", self._answer)
-        app.router.add_post("/v1/chat/completions", self._answer)
-        async with TestServer(app) as server:
+        async with TestServer(self.app()) as server:
             self.url = str(server.make_url("")).rstrip("/")
             yield self
+
+    def app(self) -> web.Application:
+        """Its routes, to be served by whoever wants it in a process of its own."""
+        app = web.Application()
+        app.router.add_get("/health", _is_well)
+        app.router.add_post("/v1/completions", self._answer)
+        app.router.add_post("/v1/chat/completions", self._answer)
+        return app
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read())
         self.bodies.append(body)
+        assert request.transport is not None
+        self.ports.add(request.transport.get_extra_info("peername")[1])
         if self.refuse_ignore_eos and "ignore_eos" in body:
             return web.json_response({"detail": "Unexpected fields in the request: {'ignore_eos'}"}, status=422)
         if self.fail_every and len(self.bodies) % self.fail_every == 0:
             return web.json_response({"error": {"message": "out of luck"}}, status=500)
         if self._barrier is not None:
             await self._barrier.wait()
+        if not body.get("stream"):
+            return web.json_response({"choices": [{"index": 0, "text": " word" * body["max_tokens"]}]})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         is_chat = request.path.startswith("/v1/chat")
@@ -75,3 +85,7 @@ class SseServer:
         finish = {"choices": [{"index": 0, **last, "finish_reason": "length"}]}
         usage = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": num_tokens}}
         return [finish, usage] if self.with_usage else [finish]
+
+
+async def _is_well(_: web.Request) -> web.Response:
+    return web.Response()

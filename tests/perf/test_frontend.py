@@ -13,7 +13,7 @@ import pytest
 from asyncllm.executor.base import StepPlan
 from perf.frontend import __main__ as command
 from perf.frontend import board as at
-from perf.frontend import cells, device_server, guard, lab, pressure
+from perf.frontend import cells, device_server, guard, lab, pressure, stages
 from perf.frontend.board import Board
 from perf.frontend.cells import Plan
 from perf.frontend.commits import commit_to_socket_s
@@ -24,6 +24,8 @@ from perf.frontend.measure import fitted, warm_up
 from perf.frontend.report import worst
 from perf.frontend.sleeping_executor import SleepingExecutor, ordinary_token_ids
 from tests.fakes import small_capacity
+
+pytestmark = pytest.mark.alone
 
 
 def plan_of(num_rows: int, samples: bool = True) -> StepPlan:
@@ -292,3 +294,13 @@ def test_a_token_costs_the_loop_no_third_more_than_it_did_beside_the_bare_writer
     pytest.fail(
         f"loop CPU per token over that of a bare writer: {found}, at most {guard.LIMIT:.2f} (perf/frontend/guard.py)"
     )
+
+
+def test_the_stages_of_a_token_add_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("NUM_STREAMS", 8), ("NUM_STEPS", 20), ("ROUNDS", 3)):
+        monkeypatch.setattr(stages, name, value)
+    stages.main()
+    totals = list(json.loads(capsys.readouterr().out.splitlines()[-1])["us_per_token"].values())
+    limit, to_text, books, to_frame, to_socket = totals
+    assert 0 < to_text < to_frame < to_socket and books > to_text, "each does what the one before does, and more"
+    assert limit > 0

@@ -24,6 +24,7 @@ from perf.gpu_check.roofline import Ceilings, attention_bytes, ideal_step_s, ide
 from perf.gpu_check.session import Answer
 from perf.gpu_check.setup import CHECKS, FULL, PARTS, Box, Setup
 
+pytestmark = pytest.mark.alone
 H200 = Ceilings(copy_bytes_per_s=4.3e12, read_bytes_per_s=4.1e12, gemm_flops_per_s=790e12)
 SETUP = Setup(directory="unused")
 REHEARSAL_TIMEOUT_S = 600
@@ -309,6 +310,7 @@ def test_a_rehearsal_runs_every_section_of_every_part(rehearsals: dict[str, Any]
     assert all(not found["errors"] and not found["out_of_time"] for found in parts.values())
     assert set(CHECKS) <= set(parts["correct"])
     assert {"ceilings", "qwen3-0.6b", "attention", "llama-3.2-1b", "pdl", "skinny_gemm"} <= set(parts["decode"])
+    assert parts["decode"]["experts"]["n2"]["dense_us"] > 0 and parts["decode"]["experts"]["n2"]["us_tiles_of_16"] > 0
     assert {"greedy", "temperature_0.6", "profile"} <= set(parts["decode"]["qwen3-0.6b"])
     assert parts["decode"]["qwen3-0.6b"]["profile"]["b1"]["kernels_per_step"] > 0
     assert parts["workload"]["transformers"]["is_complete"] and parts["workload"]["fake"] == {"tokens_per_s": 1.5}

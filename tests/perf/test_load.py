@@ -25,6 +25,14 @@ async def run_main(argv: Sequence[str]) -> int:
     return await asyncio.to_thread(load.main, argv)
 
 
+@pytest.mark.parametrize(("new_connections", "expected"), [(False, 3), (True, 7)])
+async def test_connections_are_kept_or_new_for_each_request(new_connections: bool, expected: int) -> None:
+    async with SseServer().serve() as server:
+        await load.run(make_params(server, new_connections=new_connections))
+
+    assert len(server.ports) == expected
+
+
 async def test_tokens_are_counted_from_the_servers_usage() -> None:
     async with SseServer().serve() as server:
         result = await load.run(make_params(server))

