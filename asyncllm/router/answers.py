@@ -134,7 +134,7 @@ class Reader:
         self._parsers = [make_parser() for _ in choices] if make_parser else []
         self._num_behind_thoughts = num_behind_thoughts
         self._num_reasoning = [0] * len(choices)  # tokens of thinking parts that have ended
-        self._num_read = [0] * len(choices)  # tokens whose text was pushed
+        self._num_read = [0] * len(choices)  # tokens whose text was pushed; in the end, all
 
     @property
     def is_plain(self) -> bool:
@@ -148,14 +148,11 @@ class Reader:
         Exact, but for streams in which stop strings held text back as the part ended: then a few too many, those whose
         text was held.
         """
-        num_tokens = 0
-        for index, parser in enumerate(self._parsers):
-            choice = self._choices[index]
-            if not parser.is_thinking:
-                num_tokens += self._num_reasoning[index]
-            else:  # what nobody looked at yet may hold the end of the thinking part
-                num_tokens += choice.num_output_tokens if choice.finish_reason else self._num_read[index]
-        return num_tokens
+        # What nobody read yet may hold the end of the thinking part.
+        return sum(
+            self._num_read[index] if parser.is_thinking else self._num_reasoning[index]
+            for index, parser in enumerate(self._parsers)
+        )
 
     def push(self, index: int, text: str, token_ids: Sequence[int] = ()) -> list[Part]:  # hot: once per token
         """What the next text of a choice turns out to be; may come later, where a marker could begin with it.
@@ -187,6 +184,7 @@ class Reader:
         if not self._parsers:
             return [], reason
         parser = self._parsers[delta.index]
+        self._num_read[delta.index] = self._choices[delta.index].num_output_tokens
         parts = parser.finish()
         return parts, "tool_calls" if reason == "stop" and parser.has_calls else reason
 

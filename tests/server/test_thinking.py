@@ -187,10 +187,11 @@ async def test_reasoning_tokens_are_exact_wherever_merged_text_is_cut(backend: t
         assert usage["completion_tokens_details"] == {"reasoning_tokens": len(backend.encode(thoughts).ids)}
 
 
-async def test_continuous_usage_counts_thoughts_as_they_come() -> None:
-    backend = BACKENDS["tokens"]
+@pytest.mark.parametrize("stream_interval", [1, 2])
+async def test_continuous_usage_counts_thoughts_as_they_come(stream_interval: int) -> None:
+    backend, api = BACKENDS["tokens"], {"stream_interval": stream_interval}
     model = writes(backend, "abc</think>", "Yes", behind="<think>\n")
-    async with running(model, facts=facts(THINKS), backend=backend, capacity=CAPACITY) as server:
+    async with running(model, facts=facts(THINKS), backend=backend, capacity=CAPACITY, api=api) as server:
         options = {"include_usage": True, "continuous_usage_stats": True}
         events = await server.stream(CHAT, {"messages": MESSAGES, "stream_options": options})
     counts = [event["usage"]["completion_tokens_details"]["reasoning_tokens"] for event in events if event["usage"]]
