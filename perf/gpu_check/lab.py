@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 
-from asyncllm.config import Config
 from asyncllm.models.config import ModelArchitecture
 from asyncllm.types import SamplingParams
 from perf.gpu_check.models import architecture, checkpoint
@@ -28,7 +27,7 @@ class Lab:
         self.shapes: ModelArchitecture = msgspec.structs.replace(
             architecture(MAIN_MODEL, setup.rehearse), num_layers=self.scale.check_layers
         )
-        self._sessions: dict[Config, EngineSession] = {}
+        self._sessions: dict[tuple[tuple[str, Any], ...], EngineSession] = {}  # by their settings
 
     def __enter__(self) -> "Lab":
         return self
@@ -47,11 +46,12 @@ class Lab:
             "scheduler.max_queued": 2048,
             "executor.cuda_graph_max_bs": scale.check_max_batch,
         } | {key.replace("__", "."): value for key, value in keys.items()}
-        config = self.setup.config(settings)
-        session = self._sessions.get(config)
+        key = tuple(sorted(settings.items()))
+        session = self._sessions.get(key)
         if session is None or session.is_dead:
+            config = self.setup.config(settings)
             session = EngineSession(config, checkpoint(MAIN_MODEL, self.shapes), debug=True)
-            self._sessions[config] = session
+            self._sessions[key] = session
         return session
 
     def prompts(self, seed: int, lengths: tuple[int, ...] | None = None) -> list[list[int]]:

@@ -21,7 +21,7 @@ from perf import facts
 from perf.checkpoint import embedded_gguf, safetensors_directory
 from perf.peers import bench, picture, recipes, workloads
 from perf.peers.gguf_bfloat16 import bfloat16_gguf
-from perf.peers.lineup import CONTENDERS, DEFAULT_PEERS, OURS, PEERS, Models
+from perf.peers.lineup import CONTENDERS, DEFAULT_PEERS, OURS, PEERS, Models, spec
 from perf.peers.report import PeerFacts, Report, medians
 from perf.peers.workloads import Workload
 from perf.servers import ServerError
@@ -39,6 +39,15 @@ class PeersParams(msgspec.Struct, frozen=True):
     workloads: tuple[Workload, ...] = workloads.DEFAULT
     results: Path = RESULTS
 
+    def to_json(self) -> dict[str, Any]:
+        """What the figures depend on; files by their names, since a committed result must not say where they lay."""
+        return {
+            "model": self.model.name,
+            "peers": self.peers,
+            "rounds": self.rounds,
+            "workloads": msgspec.to_builtins(self.workloads),
+        }
+
 
 def run(params: PeersParams, room: Path = recipes.ROOM) -> Report:
     """The whole bench. Raises ServerError where ours does not start."""
@@ -46,16 +55,24 @@ def run(params: PeersParams, room: Path = recipes.ROOM) -> Report:
     facts_of = {contender.name: PeerFacts() for contender in contenders}
     pythons = bench.install_all(contenders, recipes.recipes(), facts_of, room)
     models = Models(params.model, bfloat16_gguf(params.model), safetensors_directory(params.model).resolve())
+    return compare(params, models, pythons, facts_of)
+
+
+def compare(
+    params: PeersParams,
+    models: Models,
+    pythons: dict[str, Path],
+    facts_of: dict[str, PeerFacts],
+    spec_of: bench.SpecOf = spec,
+) -> Report:
+    """Start and measure what is installed. Raises ServerError where ours does not start."""
     with tempfile.TemporaryDirectory(prefix="asyncllm-peers-") as directory, contextlib.ExitStack() as stack:
-        lab = bench.Bench(models, params.workloads, facts_of, stack, Path(directory))
+        lab = bench.Bench(models, params.workloads, facts_of, stack, Path(directory), spec_of)
         running = lab.start_all(pythons)
         lab.texts(running)
         cells = lab.measure(running, params.rounds)
         lab.finish(running)
-    # The model by name: a result that is committed must not say where it lay on one machine.
-    parameters = msgspec.to_builtins(params) | {"model": params.model.name}
-    del parameters["results"]
-    return Report(parameters, cells, facts_of, bench.TEXT_PROMPTS)
+    return Report(params.to_json(), cells, facts_of, bench.TEXT_PROMPTS)
 
 
 def write(report: Report, directory: Path, stem: str) -> dict[str, Any]:

