@@ -134,6 +134,7 @@ class Bench:
             server.resume()
             self._facts[name].texts = asyncio.run(greedy_texts(server))
             server.pause()
+            progress(f"texts {name}")
 
     def measure(self, running: dict[str, Server], rounds: int) -> list[WorkloadCell]:
         """All cells, round after round; within a round the servers take turns at each workload."""
@@ -163,7 +164,7 @@ def measure_cell(server: Server, workload: Workload, turn: int, seed: int) -> Wo
 
 
 async def greedy_texts(server: Server) -> list[str | None]:
-    """The greedy continuation of each of TEXT_PROMPTS, one after the other; None from the first that failed on."""
+    """The greedy continuation of each of TEXT_PROMPTS, in turn; None for the first that fails and all behind it."""
     texts: list[str | None] = []
     async with open_session(TEXT_TIMEOUT_S, new_connections=True) as session:
         for prompt in TEXT_PROMPTS:
@@ -176,7 +177,7 @@ async def greedy_texts(server: Server) -> list[str | None]:
 
 
 async def _greedy_text(session: aiohttp.ClientSession, server: Server, prompt: str) -> str | None:
-    # Streamed, as all that is measured: transformers 5.23 with continuous batching never ends a second whole answer.
+    # Streamed, as all that is measured.
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": TEXT_TOKENS, "temperature": 0.0, "stream": True}
     if server.spec.takes_ignore_eos:
         body["ignore_eos"] = True
