@@ -3,6 +3,7 @@
 Torch-free at import: torch comes in the first phase of start-up, on the engine thread, where everything here runs.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -137,7 +138,15 @@ def _build_torch_executor(
 
     report("warm up")
     warm_up(executor, config.scheduler.max_batched_tokens)
+    _return_freed_memory()
     return executor
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what loading and warming up took for a while, and glibc keeps in its lists."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+    if trim is not None:
+        trim(0)
 
 
 def choose_dtype(asked: str, of_checkpoint: str, on_gpu: bool, cpu_has_bfloat16: bool) -> tuple[str, str]:

@@ -40,8 +40,8 @@ class Linear(nn.Module):
 
     def block_rows(self) -> list[Tensor]:
         """Rows of bytes, one for each output, of all that came in blocks; empty unless all did."""
-        whole = len(self._blocks) == len(self.parts or "1")
-        return [self._blocks[part].rows for part in sorted(self._blocks)] if whole else []
+        num_parts = 1 if self.parts is None else len(self.parts)
+        return [self._blocks[part].rows for part in range(num_parts)] if len(self._blocks) == num_parts else []
 
     def prepare(self, fused: bool) -> None:
         """Pack the loaded weight where that is faster, and let go of the plain one.

@@ -121,7 +121,8 @@ def _block_places(model: nn.Module) -> dict[str, tuple[Linear, int]]:
 
 def _fill(checkpoint: Checkpoint, model: nn.Module, keep_blocks: bool) -> None:
     targets, stacks, family = targets_of(model), stacks_of(model), checkpoint.architecture.family
-    places = _block_places(model) if keep_blocks else {}
+    in_blocks = checkpoint if keep_blocks and isinstance(checkpoint, BlockCheckpoint) else None
+    places = {} if in_blocks is None else _block_places(model)
     missing = {name for name, target in targets.items() if not target.optional}
     unexpected = []
     for stored_name, stored in checkpoint.tensors():
@@ -144,9 +145,9 @@ def _fill(checkpoint: Checkpoint, model: nn.Module, keep_blocks: bool) -> None:
                 f"expected {list(destination.shape)}"
             )
         destination.copy_(tensor)
-        if name in places and tensor is stored and isinstance(checkpoint, BlockCheckpoint):
+        if in_blocks is not None and name in places and tensor is stored:
             layer, part = places[name]
-            if (blocks := checkpoint.blocks(stored_name)) is not None:
+            if (blocks := in_blocks.blocks(stored_name)) is not None:
                 layer.keep_blocks(part, blocks)
         missing.difference_update(filled)
     if missing:
