@@ -43,11 +43,12 @@ class Devices:
     def __init__(self) -> None:
         self.executors: list[FakeExecutor] = []
         self.next_token = harness.alphabet
+        self.capacity = harness.CAPACITY
         self.gate: threading.Semaphore | None = None
         self.options: dict[str, Any] = {}
 
     def build(self, config: Any, checkpoint: Any, report: Any) -> FakeExecutor:
-        executor = FakeExecutor(harness.CAPACITY, 1, self.next_token, gate=self.gate, **self.options)
+        executor = FakeExecutor(self.capacity, 1, self.next_token, gate=self.gate, **self.options)
         self.executors.append(executor)
         return executor
 

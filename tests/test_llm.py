@@ -26,7 +26,20 @@ from asyncllm.types import Pooling
 from tests.fakes import expected_sums
 from tests.fakes_llm import OPTIONS, Devices, FakeCheckpoint, fake_devices
 from tests.server.harness import CAPACITY, VOCAB_SIZE, ids, says, speaks
-from tests.server.test_tools import CALL, HERMES, THINKS, TIME, WEATHER, facts
+from tests.server.test_tools import (
+    CALL,
+    CALLED,
+    HERMES,
+    LARGER,
+    RESPONDED,
+    RESPONDS,
+    THINKS,
+    TIME,
+    WEATHER,
+    facts,
+    responding_tokenizer,
+    responds,
+)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -224,6 +237,24 @@ def test_calls_of_tools_are_found_in_the_answers(devices: Devices, monkeypatch: 
             with pytest.raises(InvalidRequest) as refused:
                 llm.chat(user, **wrong)
             assert refused.value.param == param
+
+
+@pytest.mark.parametrize("tools", [None, [TIME]])
+def test_where_tools_may_answer_next_the_turn_ends(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch, tools: list[Any] | None
+) -> None:
+    monkeypatch.setattr(FakeCheckpoint, "text", RESPONDS)
+    monkeypatch.setattr(FakeCheckpoint, "tokenizer", lambda self: responding_tokenizer())
+    devices.next_token, devices.capacity = responds, LARGER
+    with LLM(**OPTIONS) as llm:
+        [output] = llm.chat([{"role": "user", "content": "How is it?"}], tools=tools)
+    [choice] = output.choices
+    if tools is None:
+        assert (choice.finish_reason, choice.content, choice.tool_calls) == ("stop", CALLED + RESPONDED, [])
+    else:
+        assert (choice.finish_reason, choice.content, choice.stop_reason) == ("tool_calls", "", None)
+        assert [call.name for call in choice.tool_calls] == ["time"]
+        assert len(choice.token_ids) == len(CALLED) + 1 and choice.text == CALLED
 
 
 def test_thoughts_are_told_from_the_answer(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from operator import attrgetter
 
 from asyncllm.config import ONLY_ON_REQUEST, CacheConfig, SchedulerConfig, SpeculativeConfig
 from asyncllm.engine.block_pool import BlockPool
-from asyncllm.engine.prompt_lookup import Drafter, count_right
 from asyncllm.engine.sequence import NO_SLOT, Sequence, SequenceStatus
+from asyncllm.engine.speculation import Speculation
 from asyncllm.engine.step import ScheduledStep, StepBuilder
 from asyncllm.engine.waiting import WaitingQueue
 from asyncllm.errors import CapacityError, InvalidRequest
@@ -55,9 +55,7 @@ class Scheduler:
         self._max_chunk_tokens = scheduler_config.max_chunk_tokens
         self._watermark = max(1, self.pool.num_blocks // WATERMARK_SHARE)
         self._clock = clock
-        self._speculative = speculative
-        self._balance_tokens = balance_tokens
-        self._depth = depth
+        self._speculation = Speculation(speculative, balance_tokens, depth)
 
         self._sequences: dict[int, Sequence] = {}  # all that have not ended
         self._waiting = WaitingQueue()
@@ -74,9 +72,6 @@ class Scheduler:
         self._num_preemptions = 0
         self._prefix_queried_tokens = 0
         self._prefix_hit_tokens = 0
-        self._num_drafts = 0
-        self._num_draft_tokens = 0
-        self._num_accepted_tokens: tuple[int, ...] = ()  # by place in a draft
 
     @property
     def has_work(self) -> bool:
@@ -98,7 +93,7 @@ class Scheduler:
             self._capacity.num_kv_tokens + 1,
         )
         sequence = Sequence(submit, max_length)
-        self._begin_to_draft(sequence)
+        self._speculation.begin(sequence)
         self._sequences[submit.request_id] = sequence
         # A leader must have come first: a chain of siblings can then never close into a ring.
         leader = self._sequences.get(submit.after) if submit.after != submit.request_id else None
@@ -294,7 +289,7 @@ class Scheduler:
         if len(self._finished) > num_ended:
             self._drop_ended()
         if step.drafting_rows:
-            self._guess(step)
+            self._speculation.guess(step, len(self._running))
         self._tell(output)
         return output
 
@@ -325,7 +320,8 @@ class Scheduler:
             if sequence.epoch != step.epochs[row]:
                 continue
             if verified is not None and row in verified:
-                self._commit_draft(sequence, plan.drafts[row], verified[row], output)
+                run = self._speculation.verify(sequence, plan.drafts[row], verified[row], len(self._running))
+                self._commit_run(sequence, run, output)
                 continue
             num_query = plan.num_query_tokens[row]
             num_computed = plan.num_computed_tokens[row] + num_query
@@ -343,20 +339,11 @@ class Scheduler:
             elif num_computed == sequence.max_length:  # nothing but the prompt was wanted
                 self._end(sequence, Finished(FinishReason.LENGTH))
 
-    def _commit_draft(self, sequence: Sequence, draft: list[int], sampled: list[int], output: StepOutput) -> None:
-        """Take the samples up to the first that differs from its draft, or that ends the sequence.
+    def _commit_run(self, sequence: Sequence, run: list[int], output: StepOutput) -> None:
+        """Tokens that a row with a draft brought.
 
-        Those behind it were drawn behind a token that is not there. A sample's noise depends on its position alone, so
-        every one that is taken is what a decode row would have sampled there, at any temperature. What the cache holds
-        behind the last taken one is overwritten by the rows to come, and not findable.
+        What the cache holds behind the last of them is overwritten by the rows to come, and not findable.
         """
-        num_right = count_right(draft, sampled)
-        run = sampled[: num_right + 1]
-        stop_token_ids = sequence.stop_token_ids
-        for place, token_id in enumerate(run):
-            if token_id in stop_token_ids:
-                del run[place + 1 :]
-                break
         sequence.tokens.extend(run)
         num_computed = len(sequence.tokens) - 1
         if num_computed // self._block_size > sequence.num_committed_tokens // self._block_size:
@@ -368,46 +355,7 @@ class Scheduler:
         if len(run) > 1:
             output.runs = output.runs or {}
             output.runs[sequence.request_id] = run[:-1]
-        self._count_draft(len(draft), min(num_right, len(run)))
-        if sequence.drafter is not None:
-            sequence.drafter.observe(len(draft), num_right, len(self._running))
         self._end_by(sequence, run[-1])
-
-    def _count_draft(self, num_drafts: int, num_right: int) -> None:
-        self._num_drafts += 1
-        self._num_draft_tokens += num_drafts
-        accepted = self._num_accepted_tokens
-        accepted += (0,) * (num_drafts - len(accepted))
-        self._num_accepted_tokens = (*(count + 1 for count in accepted[:num_right]), *accepted[num_right:])
-
-    def _begin_to_draft(self, sequence: Sequence) -> None:
-        """Give a new sequence a drafter, if it is to have one."""
-        config, asked = self._speculative, sequence.params.speculative_tokens
-        if asked is None:
-            asked = config.num_speculative_tokens if config.method == "ngram" else 0
-        if asked and sequence.may_draft:
-            sequence.begin_to_draft(Drafter(sequence.tokens, asked, config, self._balance_tokens, self._depth))
-
-    def _guess(self, step: ScheduledStep) -> None:
-        """Drafts for the sequences of a step that was committed, where a few run and it pays.
-
-        One that drafts is not planned ahead of the device: which tokens its row has depends on the last one.
-        """
-        num_running = len(self._running)
-        is_off = num_running > self._speculative.disable_by_batch_size
-        for row in step.drafting_rows:
-            sequence = step.sequences[row]
-            drafter = sequence.drafter
-            if drafter is None or sequence.epoch != step.epochs[row]:
-                continue
-            if is_off:
-                sequence.needs_last_token = False
-                continue
-            draft = drafter.draft(num_running)
-            sequence.needs_last_token = drafter.pays
-            if draft and drafter.pays and not sequence.num_in_flight:
-                sequence.draft = draft
-                sequence.samples_in_slot = False  # not a decode row next
 
     def _end_by(self, sequence: Sequence, token_id: int) -> None:
         """End a sequence if its last token is a stop, or the last it may have."""
@@ -539,9 +487,9 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             prefix_queried_tokens=self._prefix_queried_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
-            num_drafts=self._num_drafts,
-            num_draft_tokens=self._num_draft_tokens,
-            num_accepted_tokens=self._num_accepted_tokens,
+            num_drafts=self._speculation.num_drafts,
+            num_draft_tokens=self._speculation.num_draft_tokens,
+            num_accepted_tokens=self._speculation.num_accepted_tokens,
         )
 
     def check(self) -> None:

@@ -62,6 +62,7 @@ class Encoded(msgspec.Struct, frozen=True):
     param: str  # prompt or messages: the word for it in errors
     make_constraint: Callable[[], Constraint] | None  # called once per choice
     visible_tokens: tuple[str, ...] = ()  # special tokens that are shown all the same
+    stop_token_ids: tuple[int, ...] = ()  # end the answer, beside those that end any text
     reader: Callable[[Sequence[ChoiceStream]], Reader] | None = None  # of a conversation's answers
 
     @property
@@ -348,7 +349,15 @@ class AsyncLLM:
         asked = Conversation(parameters=sampling, messages=turns, wanted=wanted_of(sampling), **template)
         ready = await _when_room(lambda: make_ready(router, asked, size))
         text = router.tokenizer.decode(ready.prompt)
-        return Encoded(text, ready.prompt, "messages", ready.make_constraint, ready.visible_tokens, ready.reader)
+        return Encoded(
+            text,
+            ready.prompt,
+            "messages",
+            ready.make_constraint,
+            visible_tokens=ready.visible_tokens,
+            stop_token_ids=ready.stop_token_ids,
+            reader=ready.reader,
+        )
 
     async def _grammar(self, sampling: SamplingParams) -> Grammar | None:
         """What the text has to follow; compiled once, however many prompts ask for it."""
@@ -374,6 +383,7 @@ class AsyncLLM:
             logprobs=sampling.logprobs,
             prompt_logprobs=sampling.prompt_logprobs,
             visible_tokens=prompt.visible_tokens,
+            stop_token_ids=prompt.stop_token_ids,
             make_constraint=prompt.make_constraint,
         )
         arrived = Arrived(sampling, 0, {}, time.monotonic(), capacity)

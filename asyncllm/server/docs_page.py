@@ -1,4 +1,7 @@
-"""GET /openapi.json, and GET /docs: Swagger UI over it, from an installed package, so that no other host is asked."""
+"""GET /openapi.json, and GET /docs: Swagger UI over it, from an installed package, so that no other host is asked.
+
+GET / leads there.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -44,6 +47,11 @@ FILES = {
     "swagger-ui-bundle.js": "text/javascript",
     "favicon-32x32.png": "image/png",
 }
+
+
+async def home(request: web.Request) -> web.Response:
+    """Leads to the page of the documentation."""
+    return web.Response(status=302, headers={"Location": "docs", "Cache-Control": "no-cache"})
 
 
 async def openapi_json(request: web.Request) -> web.Response:

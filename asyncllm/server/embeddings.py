@@ -7,7 +7,7 @@ keeps room, and what is written of 2,048 vectors, 25 MB as numbers, is written i
 import asyncio
 import base64
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -25,10 +25,10 @@ from asyncllm.server.embeddings_wire import (
     EmbeddingsRequest,
     EmbeddingsUsage,
 )
-from asyncllm.server.job import prepare
+from asyncllm.server.job import Submit, prepare, submitter
 from asyncllm.server.pause import Pause
 from asyncllm.server.replies import PromptTokensDetails, encode_json
-from asyncllm.server.serving import REQUEST_ID, SERVING
+from asyncllm.server.serving import SERVING
 from asyncllm.types import Floats, Pooling, SamplingParams
 
 MAX_INPUTS = 2048  # of one request: OpenAI's limit
@@ -38,8 +38,6 @@ SLICE_TOKENS = 65_536
 SLICES_AT_ONCE = 2
 ROOM_POLL_S = 0.01  # between two looks at a full queue
 PIECE_S = 0.001  # of work on the loop, before it looks at everybody else
-
-Submit = Callable[[Sequence[ChoiceInput]], RequestStream]
 
 
 async def embeddings(request: web.Request) -> web.StreamResponse:
@@ -52,8 +50,7 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
     arrived = await prepare(request, EmbeddingsRequest)
     body, capacity = arrived.body, arrived.capacity
     form = form_of(body, Pooling(serving.config.model.pooling), capacity.hidden_size)
-    header = request.headers.get("X-Request-Timeout")
-    timeout_s = params.request_timeout(body.timeout, header, scheduler.max_timeout_s)
+    submit = submitter(request, arrived, body, "embd-")
     limit = InputLimit(capacity.max_context_length, "input", is_batch=_is_batch(body.input))
     prompts = await router.encode_prompts(
         await inputs_of(body.input, capacity.vocab_size, limit),
@@ -64,17 +61,6 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise limit.empty(index)
-
-    def submit(choices: Sequence[ChoiceInput]) -> RequestStream:
-        return router.submit(
-            f"embd-{request[REQUEST_ID]}",
-            choices,
-            priority=body.priority or 0,
-            cache_salt=body.cache_salt or "",
-            timeout_s=timeout_s,
-            arrival_s=arrived.arrival_s,
-            adapter=serving.adapter(body.model),
-        )
 
     batch = Batch(router, submit, form, body.encoding_format == "base64")
     choices = [pooled_choice(prompt, form, index) for index, prompt in enumerate(prompts)]

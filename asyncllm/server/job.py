@@ -5,6 +5,7 @@ that can be refused is refused before the status line.
 """
 
 import difflib
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from asyncllm.router.answers import Reader
 from asyncllm.router.stream import ChoiceInput, RequestStream
 from asyncllm.server import params
 from asyncllm.server.body import check_content_type, decode_body, read_body
+from asyncllm.server.embeddings_wire import EmbeddingParameters
 from asyncllm.server.logprobs import TokenText
 from asyncllm.server.replies import Usage, usage
 from asyncllm.server.serving import REQUEST_ID, SERVING, Serving
@@ -27,6 +29,7 @@ from asyncllm.types import Capacity, Constraint
 from asyncllm.weights.base import TextFacts
 
 R = TypeVar("R", bound=ModelRequest)
+Submit = Callable[[Sequence[ChoiceInput]], RequestStream]
 MAX_HEADER_CHARS = 1024
 
 log = logging.getLogger("asyncllm.server")
@@ -121,6 +124,26 @@ def ignored(unknown: list[str], struct: type[msgspec.Struct], serving: Serving) 
     return ",".join(quote(name[:200], safe="._-$[]") for name in unknown)[:MAX_HEADER_CHARS]
 
 
+def submitter(
+    request: web.Request, arrived: Arrived[Any], asked: GenerationRequest | EmbeddingParameters, prefix: str
+) -> Submit:
+    """What hands choices to the router with this request's priority, timeout and adapter. `prefix`: of the public id.
+
+    Raises InvalidRequest for a timeout, in body or header, that cannot be.
+    """
+    serving = request.app[SERVING]
+    header = request.headers.get("X-Request-Timeout")
+    return functools.partial(
+        serving.router.submit,
+        f"{prefix}{request[REQUEST_ID]}",
+        priority=asked.priority or 0,
+        cache_salt=asked.cache_salt or "",
+        timeout_s=params.request_timeout(asked.timeout, header, serving.config.scheduler.max_timeout_s),
+        arrival_s=arrived.arrival_s,
+        adapter=serving.adapter(asked.model),
+    )
+
+
 async def admit(request: web.Request, arrived: Arrived[Any], asked: Asked) -> Job:
     """Check what needs the tokens, build every choice and hand them all to the router, or none.
 
@@ -134,19 +157,10 @@ async def admit(request: web.Request, arrived: Arrived[Any], asked: Asked) -> Jo
             "one request (api.max_choices).",
             param="n",
         )
-    header = request.headers.get("X-Request-Timeout")
-    timeout_s = params.request_timeout(body.timeout, header, serving.config.scheduler.max_timeout_s)
+    submit = submitter(request, arrived, body, asked.prefix)
     bad_words = await router.encode_bad_words(body.bad_words) if body.bad_words else ()
     choices = build_choices(arrived, asked, bad_words, router.tokenizer.text)
-    stream = router.submit(
-        f"{asked.prefix}{request[REQUEST_ID]}",
-        choices,
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        timeout_s=timeout_s,
-        arrival_s=arrived.arrival_s,
-        adapter=serving.adapter(body.model),
-    )
+    stream = submit(choices)
     options = body.stream_options
     return Job(
         id=stream.public_id,

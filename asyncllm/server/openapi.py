@@ -86,6 +86,11 @@ HEADERS: Json = {
     "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
     "retry-after-ms": {"description": "Milliseconds.", "schema": {"type": "integer", "minimum": 1}},
 }
+LOCATION: Json = {
+    "description": "Relative to this route, whatever prefix it is behind.",
+    "required": True,
+    "schema": {"type": "string"},
+}
 INFO = """\
 One model, served to the clients of several APIs. Errors have the same shape everywhere. A field that nobody knows is
 accepted and named in the header `x-ignored-params`, or refused where the server is strict (`[api] strict = true`).
@@ -158,8 +163,9 @@ def responses(route: Route) -> Json:
         headers |= {"x-ignored-params": _header("x-ignored-params")}
     if 504 in route.errors:
         headers |= {"Server-Timing": _header("Server-Timing")}
-    answered = {"description": "The answer.", "headers": headers, "content": content(route)}
-    made: Json = {"200": answered}
+    made: Json = {"200": {"description": "The answer.", "headers": headers, "content": content(route)}}
+    if route.leads_to:
+        made = {"302": {"description": f"Leads to {route.leads_to}.", "headers": headers | {"Location": LOCATION}}}
     if route.unwell:
         retry = {name: _header(name) for name in ("x-request-id", "Retry-After")}
         made[str(route.unwell)] = {"description": "Not now.", "headers": retry, "content": content(route)}

@@ -39,7 +39,7 @@ def _routes() -> list[str]:
 
 
 def _answer(route: Route) -> str:
-    whole = ""
+    whole = f"leads to `{route.leads_to}`" if route.leads_to else ""
     if route.media_type != "application/json":
         whole = route.media_type if route.answer is not bytes else "a file"
     elif route.answer is not None:

@@ -72,6 +72,7 @@ class Route(msgspec.Struct, frozen=True):
     body: type[msgspec.Struct] | None = None
     answer: Any = None  # the type of a whole answer
     media_type: str = "application/json"  # of a whole answer
+    leads_to: str = ""  # the route to which it redirects, which is all of its answer
     streamed: Streamed | None = None
     errors: tuple[int, ...] = ()  # beside those of every route with such a body and such an access
     error: type[msgspec.Struct] = ErrorBody
@@ -164,6 +165,7 @@ ROUTES = (
     Route("GET", "/metrics", probes.metrics, Access.PUBLIC, quiet=True, tag="operation",
           answer=str, media_type="text/plain"),
 
+    Route("GET", "/", docs_page.home, Access.PUBLIC, tag="documentation", leads_to="/docs"),
     Route("GET", "/openapi.json", docs_page.openapi_json, Access.PUBLIC, tag="documentation", answer=dict[str, Any]),
     Route("GET", "/docs", docs_page.docs, Access.PUBLIC, tag="documentation", answer=str, media_type="text/html"),
     Route("GET", "/docs/{file}", docs_page.docs_file, Access.PUBLIC, quiet=True, tag="documentation",

@@ -37,7 +37,9 @@ def test_every_route_says_all_that_the_documentation_needs() -> None:
         says = {
             "a docstring": route.summary,
             "tag": route.tag,
-            "answer": route.answer is not None or (route.streamed is not None and route.streamed.when == "always"),
+            "answer": route.answer is not None
+            or (route.streamed is not None and route.streamed.when == "always")
+            or route.leads_to in [other.path for other in ROUTES],
             "body": route.body is not None or route.method == "GET",
             "examples": bool(route.examples) == (route.body is not None),
             "path_parameters": set(route.path_parameters) == set(re.findall(r"\{(\w+)\}", route.template)),
@@ -182,6 +184,14 @@ async def test_the_page_finds_all_its_files_and_asks_no_other_host() -> None:
         policy = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
         assert policy["default-src"] == "'none'" and policy["script-src"] == policy["connect-src"] == "'self'"
         assert "http" not in headers["Content-Security-Policy"]
+
+
+async def test_the_root_leads_to_the_page() -> None:
+    async with running() as server:
+        status, _, headers = await server.call("GET", "/", allow_redirects=False)
+        assert (status, headers["Location"]) == (302, "docs")
+        assert (await server.call("HEAD", "/", allow_redirects=False))[0] == 302
+        assert await server.get("/") == await server.get("/docs")
 
 
 async def test_a_file_that_did_not_change_is_not_sent_again() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 import openai
 import pytest
+import tokenizers
 
 from tests.fakes import small_capacity
 from tests.server.harness import (
+    BACKEND,
     END,
     FACTS,
     TEMPLATE,
@@ -205,24 +207,28 @@ async def test_a_strict_function_whose_schema_cannot_be_obeyed_is_refused() -> N
     assert free == 200
 
 
-@pytest.mark.parametrize("with_tools", [False, True])
-async def test_where_tools_may_answer_next_the_turn_ends(with_tools: bool) -> None:
+CALLED, RESPONDED = "<start_function_call>call:time{}<end_function_call>", "response:time{}"
+RESPONDS = facts(HERMES + "{# <start_function_call> #}")
+LARGER = msgspec.structs.replace(LARGE, vocab_size=VOCAB_SIZE + 1)
+
+
+def responding_tokenizer() -> tokenizers.Tokenizer:
+    """With the token behind which, in this format, a tool answers."""
     backend = byte_tokenizer()
     backend.add_special_tokens(["<start_function_response>"])
-    call, response = "<start_function_call>call:time{}<end_function_call>", "response:time{}"
-    written = [*ids(call), VOCAB_SIZE, *ids(response), END]
-    assistant = backend.token_to_id("<|assistant|>")
+    return backend
 
-    def next_token(tokens: Sequence[int]) -> int:
-        return written[len(tokens) - 1 - max(i for i, token in enumerate(tokens) if token == assistant)]
 
-    served = running(
-        next_token,
-        facts=facts(HERMES + "{# <start_function_call> #}"),
-        capacity=msgspec.structs.replace(LARGE, vocab_size=VOCAB_SIZE + 1),
-        backend=backend,
-    )
-    async with served as server:
+def responds(tokens: Sequence[int]) -> int:
+    """A model that calls, then answers in place of the tool unless it is stopped."""
+    written = [*ids(CALLED), VOCAB_SIZE, *ids(RESPONDED), END]
+    assistant = BACKEND.token_to_id("<|assistant|>")
+    return written[len(tokens) - 1 - max(i for i, token in enumerate(tokens) if token == assistant)]
+
+
+@pytest.mark.parametrize("with_tools", [False, True])
+async def test_where_tools_may_answer_next_the_turn_ends(with_tools: bool) -> None:
+    async with running(responds, facts=RESPONDS, capacity=LARGER, backend=responding_tokenizer()) as server:
         tools = {"tools": [TIME]} if with_tools else {}
         status, body = await server.post("/v1/chat/completions", {"messages": MESSAGES} | tools)
     assert status == 200
@@ -230,9 +236,9 @@ async def test_where_tools_may_answer_next_the_turn_ends(with_tools: bool) -> No
     assert choice["stop_reason"] is None
     if with_tools:
         assert choice["finish_reason"] == "tool_calls" and not choice["message"]["content"]
-        assert body["usage"]["completion_tokens"] == len(call) + 1
+        assert body["usage"]["completion_tokens"] == len(CALLED) + 1
     else:
-        assert choice["message"]["content"] == call + response
+        assert choice["message"]["content"] == CALLED + RESPONDED
 
 
 @pytest.mark.parametrize(

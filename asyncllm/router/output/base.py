@@ -1,4 +1,4 @@
-"""What formats of tool calls share: ids of calls, and grammars of texts that call. Any thread."""
+"""What formats of tool calls share: ids of calls, the way of a call, and grammars of texts that call. Any thread."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import msgspec
 
 from asyncllm.router.output.collector import Collector
 from asyncllm.router.output.grammar import Lark, loosened
+from asyncllm.router.output.literals import Broken
 from asyncllm.router.output.markers import ModelMarkers, openai_call_id
 from asyncllm.router.output.reader import Markers, Parse, Reader
 from asyncllm.router.output.tools import Tool, ToolChoice
@@ -90,3 +91,28 @@ class ToolFormat(ABC):
 
         opening = source("", self.opening.skipped) if self.opening is not None else None
         return FreeCalls({start: source(start) for start in self.starts}, opening)
+
+
+def read_spelled(reader: Reader, out: Collector, name: str, arguments: Parse[None], ends: Markers) -> Parse[None]:
+    """A call from its arguments on, which are not written as JSON: `arguments` makes it of them, or raises Broken.
+
+    Broken ones go on, as written, up to one of `ends`.
+    """
+    reader.recorded()
+    out.begin(name)
+    is_whole = True
+    try:
+        yield from arguments
+    except Broken as broken:
+        is_whole = False
+        out.arguments(broken.raw)
+        yield from reader.until(ends, out.arguments)
+    out.end(is_whole=is_whole)
+
+
+def skip_end(reader: Reader, end: str) -> Parse[None]:
+    """The marker behind a call, which may be missing: whatever stands there instead is recorded."""
+    reader.record()
+    yield from reader.space()
+    if (yield from reader.literal(end)):
+        reader.recorded()

@@ -8,10 +8,10 @@ import contextlib
 import re
 from collections.abc import Sequence
 
-from asyncllm.router.output.base import ToolFormat
+from asyncllm.router.output.base import ToolFormat, read_spelled, skip_end
 from asyncllm.router.output.collector import Collector
 from asyncllm.router.output.grammar import Lark, keyword_arguments
-from asyncllm.router.output.literals import Broken, Literals
+from asyncllm.router.output.literals import Literals
 from asyncllm.router.output.reader import NotACall, Parse, Reader
 from asyncllm.router.output.tools import Tool
 
@@ -43,20 +43,9 @@ class Gemma(ToolFormat):
         name = yield from reader.run(NAME, 64)
         if not out.knows(name) or (yield from reader.peek()) != "{":
             raise NotACall
-        reader.recorded()
-        out.begin(name)
-        is_whole = True
-        try:
-            yield from Literals(reader, out.arguments, self.delimiter).value()
-        except Broken as broken:
-            is_whole = False
-            out.arguments(broken.raw)
-            yield from reader.until(self._ends, out.arguments)
-        out.end(is_whole=is_whole)
-        reader.record()
-        yield from reader.space()
-        if (yield from reader.literal(self.end)):
-            reader.recorded()
+        arguments = Literals(reader, out.arguments, self.delimiter).value()
+        yield from read_spelled(reader, out, name, arguments, self._ends)
+        yield from skip_end(reader, self.end)
 
     def _rest(self, lark: Lark, tools: Sequence[Tool], *, start: str, is_one: bool) -> str:
         """Values are written as JSON."""

@@ -7,10 +7,10 @@ import json
 import re
 from collections.abc import Sequence
 
-from asyncllm.router.output.base import Opening, ToolFormat
+from asyncllm.router.output.base import Opening, ToolFormat, read_spelled, skip_end
 from asyncllm.router.output.collector import Collector
 from asyncllm.router.output.grammar import Lark, keyword_arguments
-from asyncllm.router.output.literals import KEY, Broken, Literals
+from asyncllm.router.output.literals import KEY, Literals
 from asyncllm.router.output.reader import SPACE, NotACall, Parse, Reader
 from asyncllm.router.output.tools import Tool
 
@@ -50,10 +50,7 @@ class Pythonic(ToolFormat):
                     if (yield from reader.peek()) != "]":
                         continue
                 if (yield from reader.literal("]")):
-                    reader.record()
-                    yield from reader.space()
-                    if (yield from reader.literal(END)):
-                        reader.recorded()
+                    yield from skip_end(reader, END)
                 break
         except NotACall:
             pass
@@ -75,22 +72,12 @@ class Pythonic(ToolFormat):
         yield from reader.space()
         if not key or (yield from reader.peek()) != "=":  # positional arguments have no names in JSON
             raise NotACall
-        reader.recorded()
-        out.begin(name)
-        out.arguments("{")
-        try:
-            yield from self._arguments(reader, out, key)
-        except Broken as broken:
-            out.arguments(broken.raw)
-            yield from reader.until(self._ends, out.arguments)
-            out.end(is_whole=False)
-            return
-        out.arguments("}")
-        out.end(is_whole=True)
+        yield from read_spelled(reader, out, name, self._arguments(reader, out, key), self._ends)
 
     def _arguments(self, reader: Reader, out: Collector, key: str) -> Parse[None]:
         """All arguments, the first from its `=` on."""
         literals = Literals(reader, out.arguments)
+        out.arguments("{")
         out.arguments(json.dumps(key, ensure_ascii=False) + ": ")
         reader.take(1)
         yield from reader.space()
@@ -100,9 +87,10 @@ class Pythonic(ToolFormat):
             if (yield from reader.literal(",")):
                 yield from reader.space()
             if (yield from reader.literal(")")):
-                return
+                break
             out.arguments(", ")
             yield from literals.key("=")
+        out.arguments("}")
 
     def _rest(self, lark: Lark, tools: Sequence[Tool], *, start: str, is_one: bool) -> str:
         """Values are written as JSON."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from asyncllm.router.output.base import ToolFormat
+from asyncllm.router.output.base import ToolFormat, read_spelled, skip_end
 from asyncllm.router.output.collector import Collector
 from asyncllm.router.output.grammar import ANY_NAME, Lark, each_argument, text_value
 from asyncllm.router.output.literals import KEY, Broken, Literals
@@ -58,28 +58,17 @@ class Qwen3Coder(ToolFormat):
         has_parameter = yield from reader.literal(PARAMETER)
         if not has_parameter and not (yield from reader.literal(FUNCTION_END)):
             raise NotACall
-        reader.recorded()
-        out.begin(name)
-        is_whole = True
-        try:
-            out.arguments("{")
-            if has_parameter:
-                yield from self._parameters(reader, out.arguments, out.parameters(name))
-            out.arguments("}")
-        except Broken as broken:
-            is_whole = False
-            out.arguments(broken.raw)
-            yield from reader.until(self._ends, out.arguments)
-        out.end(is_whole=is_whole)
-        reader.record()
-        yield from reader.space()
-        if (yield from reader.literal(END)):
-            reader.recorded()
+        arguments = self._parameters(reader, out.arguments, out.parameters(name), has_parameter)
+        yield from read_spelled(reader, out, name, arguments, self._ends)
+        yield from skip_end(reader, END)
 
-    def _parameters(self, reader: Reader, emit: Callable[[str], None], schema: dict[str, Any]) -> Parse[None]:
-        """From the first one's key to the end of the function."""
+    def _parameters(
+        self, reader: Reader, emit: Callable[[str], None], schema: dict[str, Any], has_any: bool
+    ) -> Parse[None]:
+        """From the first one's key to the end of the function; not `has_any`: that end was read already."""
+        emit("{")
         properties, others = schema.get("properties") or {}, schema.get("additionalProperties")
-        while True:
+        while has_any:
             try:
                 key = yield from reader.run(KEY, 256)
             except NotACall as error:
@@ -91,10 +80,11 @@ class Qwen3Coder(ToolFormat):
             yield from _value(reader, emit, types_of(properties.get(key, others), schema))
             yield from reader.space()
             if (yield from reader.literal(FUNCTION_END)):
-                return
+                break
             if not (yield from reader.literal(PARAMETER)):
                 raise Broken
             emit(", ")
+        emit("}")
 
     def _rest(self, lark: Lark, tools: Sequence[Tool], *, start: str, is_one: bool) -> str:
         calls = []
