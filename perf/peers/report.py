@@ -14,6 +14,10 @@ from perf.report import NOISY_CORES, Cell, median_cell
 from perf.stats import median, ratio
 
 MEGABYTE = 1_000_000
+FOOT = """~: others kept more than a tenth of a core busy.
+q4_1 is the file as shipped, bf16 the same matrices rounded to bfloat16. Figures are speed alone: llama.cpp multiplies
+Q4_1 by activations of 8 bits, and its answers from this file were nonsense on some machines; `texts` in the JSON file
+shows what each server said here."""
 
 
 class WorkloadCell(Cell, frozen=True):
@@ -131,14 +135,14 @@ def equal_texts(servers: Mapping[str, PeerFacts]) -> dict[str, tuple[str, int, i
 
 
 class Report:
-    """A finished bench."""
+    """A bench, as far as it came."""
 
     __slots__ = ("cells", "parameters", "prompts", "servers")
 
     def __init__(
         self,
         parameters: Mapping[str, Any],
-        cells: Sequence[WorkloadCell],
+        cells: list[WorkloadCell],
         servers: Mapping[str, PeerFacts],
         prompts: Sequence[str],
     ) -> None:
@@ -151,6 +155,11 @@ class Report:
     def num_failed(self) -> int:
         """Requests that ours failed; a peer's failures are its own."""
         return sum(cell.result.num_failed for cell in self.cells if CONTENDERS[cell.server].is_ours)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that were measured."""
+        return 1 + max((cell.turn for cell in self.cells), default=-1)
 
     def to_json(self) -> dict[str, Any]:
         """The line that ends the bench."""
@@ -169,6 +178,7 @@ class Report:
             "skipped": {name: fact.skipped for name, fact in self.servers.items() if fact.skipped},
             "max_foreign_cores": max((round(cell.foreign_cores, 3) for cell in self.cells), default=None),
             "num_failed": self.num_failed,
+            "num_rounds": self.num_rounds,
             "machine": msgspec.to_builtins(facts.machine()),
             "versions": facts.versions() | {name: fact.versions for name, fact in self.servers.items()},
             "parameters": dict(self.parameters),
@@ -183,7 +193,7 @@ class Report:
         ]
 
     def table(self) -> str:
-        """Medians for a reader; `~` marks a cell beside which others kept more than a tenth of a core busy."""
+        """Medians for a reader."""
         lines = [
             f"{'workload':<15}{'server':<17}{'tok/s':>8}{'req/s':>8}{'TTFT p50':>11}{'ITL p50':>10}{'foreign':>9}",
         ]
@@ -199,6 +209,7 @@ class Report:
         lines += [_server_line(name, fact, equal.get(name)) for name, fact in self.servers.items()]
         lines += ["", f"{'ours over the best peer':<24}{'ratio':>7}{'goal':>7}"]
         lines += [_ratio_line(name, *found) for name, found in ratios(self.cells).items()]
+        lines += ["", f"Medians of {self.num_rounds} rounds. {FOOT}"]
         return "\n".join(lines)
 
 

@@ -50,8 +50,11 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 def streams(count: int) -> Workload:
-    """So many streams at once, distinct prompts of 100 tokens, 64 tokens out."""
-    return Workload(f"streams_{count}", count, max(4, 2 * count), 100, 64)
+    """So many streams at once, distinct prompts of 100 tokens, 64 tokens out.
+
+    Half as many follow as streams end: they arrive one by one among those that run.
+    """
+    return Workload(f"streams_{count}", count, max(4, count + count // 2), 100, 64)
 
 
 WARM_UP = Workload("warm_up", 1, 1, 16, 2)
@@ -59,7 +62,7 @@ DEFAULT = (
     streams(1),
     streams(8),
     streams(32),
-    Workload("tokens_1500", 1, 3, 1500, 8),
+    Workload("tokens_1500", 1, 2, 1500, 8),
     Workload("shared_prefix", 4, 16, 1032, 32, shared_prefix_tokens=1000),
 )
 

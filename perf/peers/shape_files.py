@@ -1,0 +1,96 @@
+"""Random weights in a model's shape as GGUF files, the same numbers in each kind. Knows the `gguf` package."""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from asyncllm.models.config import ModelArchitecture
+from perf.checkpoint import default_directory
+from perf.gpu_check.models import NUM_BYTES, synthetic_tokenizer
+
+KINDS = ("bf16", "q4_0", "q4_1")  # of a file's matrices
+STD = 0.02  # as models are initialised for training: activations neither vanish nor overflow
+MERGED = "ĠĠ"  # the last token, the one that is merged of others
+CONTROL, NORMAL = 3, 1  # of tokenizer.ggml.token_type
+
+
+def shape_file(name: str, shapes: ModelArchitecture, kind: str) -> Path:
+    """The GGUF file of a shape, written once into the user's cache."""
+    target = default_directory(Path(name)).with_name(f"{name}-random-{kind}.gguf")
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        write_random(partial, shapes, kind)
+        partial.rename(target)  # one that was interrupted must not be taken for a model next time
+    return target
+
+
+def write_random(target: Path, shapes: ModelArchitecture, kind: str) -> None:
+    """Matrices normal with deviation STD, rounded to `kind`; norms are ones, in float32. A seed per tensor."""
+    import gguf
+    import numpy
+
+    wanted = gguf.GGMLQuantizationType[kind.upper()]
+    writer = gguf.GGUFWriter(target, shapes.family)
+    file_types = {"bf16": "MOSTLY_BF16", "q4_0": "MOSTLY_Q4_0", "q4_1": "MOSTLY_Q4_1"}
+    writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
+    _write_facts(writer, shapes)
+    for name, shape in tensors(shapes):
+        if len(shape) == 1:
+            writer.add_tensor(name, numpy.ones(shape, numpy.float32))
+            continue
+        drawn = numpy.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, numpy.float32)
+        writer.add_tensor(name, gguf.quantize(drawn * numpy.float32(STD), wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tensors(shapes: ModelArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, (out, in), of a Qwen3 or a Llama."""
+    hidden, inner, head_dim = shapes.hidden_size, shapes.intermediate_size, shapes.head_dim
+    query, kv = shapes.num_heads * head_dim, shapes.num_kv_heads * head_dim
+    yield "token_embd.weight", (shapes.vocab_size, hidden)
+    for layer in range(shapes.num_layers):
+        block: dict[str, tuple[int, ...]] = {
+            "attn_norm": (hidden,),
+            "attn_q": (query, hidden),
+            "attn_k": (kv, hidden),
+            "attn_v": (kv, hidden),
+            "attn_output": (hidden, query),
+            "ffn_norm": (hidden,),
+            "ffn_gate": (inner, hidden),
+            "ffn_up": (inner, hidden),
+            "ffn_down": (hidden, inner),
+        }
+        if shapes.qk_norm:
+            block |= {"attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,)}
+        for name, shape in block.items():
+            yield f"blk.{layer}.{name}.weight", shape
+    yield "output_norm.weight", (hidden,)
+    if not shapes.tie_word_embeddings:
+        yield "output.weight", (shapes.vocab_size, hidden)
+
+
+def _write_facts(writer: Any, shapes: ModelArchitecture) -> None:
+    writer.add_block_count(shapes.num_layers)
+    writer.add_context_length(shapes.max_position)
+    writer.add_embedding_length(shapes.hidden_size)
+    writer.add_feed_forward_length(shapes.intermediate_size)
+    writer.add_head_count(shapes.num_heads)
+    writer.add_head_count_kv(shapes.num_kv_heads)
+    writer.add_key_length(shapes.head_dim)
+    writer.add_value_length(shapes.head_dim)
+    writer.add_layer_norm_rms_eps(shapes.rms_norm_eps)
+    writer.add_rope_freq_base(shapes.rope_theta)
+    # Nobody reads a text, but no program opens a model without a vocabulary.
+    by_id = sorted((index, token) for token, index in synthetic_tokenizer(shapes.vocab_size).get_vocab().items())
+    tokens = [token for _, token in by_id[:-1]] + [MERGED]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([CONTROL if index == NUM_BYTES else NORMAL for index, _ in by_id])
+    writer.add_token_merges([" ".join(MERGED)])  # the writer leaves out an empty list, and llama.cpp wants one
+    writer.add_eos_token_id(NUM_BYTES)
