@@ -20,7 +20,7 @@ help:
 	@echo "make docs    regenerate docs/configuration.md, docs/metrics.md and docs/api.md"
 
 # torch first and pinned: a looser request fetches gigabytes of CUDA packages on machines that have no use for them.
-$(VENV)/.installed: setup.cfg setup.py
+$(VENV)/.installed: setup.cfg setup.py $(wildcard asyncllm/native/*.cpp asyncllm/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable .

@@ -57,8 +57,8 @@ class ModelConfig(Table, frozen=True):
     revision: str = ""  # branch, tag or commit of a hub name; empty = main
     load_format: Literal["auto", "dummy"] = "auto"  # dummy = random weights in the model's shapes, for load tests
     generation_config: Literal["auto", "ignore"] = "auto"  # auto = its sampling defaults and ends of turns count
-    dtype: DType = "auto"  # auto = the checkpoint's, bfloat16 for quantized files; float32 where a CPU lacks bfloat16
-    quantization: Literal["auto", "none"] = "auto"  # auto = a CPU reads a file's 4-bit blocks as they are for few rows
+    dtype: DType = "auto"  # auto = the checkpoint's, bfloat16 for quantized files; float32 where that is slow on a CPU
+    quantization: Literal["auto", "none"] = "auto"  # auto = a CPU reads a file's 4- and 8-bit blocks as they are
     device: str = "auto"  # cpu, cuda, cuda:1; auto = cuda where there is one
     chat_template: str = ""  # Jinja file, or chatml, gemma, generic, llama3, mistral; empty = the checkpoint's
     tool_parser: str = "auto"  # how it writes tool calls: hermes, qwen3_coder, mistral, …; auto = by its template
@@ -99,7 +99,7 @@ class ExecutorConfig(Table, frozen=True):
     """How steps are computed."""
 
     threads: NonNegative = 0  # CPU threads for tensor work; 0 = one per core
-    attention_backend: Literal["auto", "triton", "torch"] = "auto"  # triton = own kernels, CUDA graphs; torch = plain
+    attention_backend: Literal["auto", "triton", "native", "torch"] = "auto"  # own kernels: GPU, CPU; torch = plain
     disable_cuda_graph: bool = False  # run every step eagerly; for debugging, several times slower at small batches
     cuda_graph_max_bs: Positive = 256  # rows of the largest captured decode batch; larger ones run eagerly
     cuda_graph_max_tokens: NonNegative = 1024  # tokens of the largest captured step with prompts in it; 0 = none

@@ -43,7 +43,7 @@ ALIASES = {
 class Memory(msgspec.Struct, frozen=True):
     """What a precision takes."""
 
-    weight_bytes: int  # on a GPU; a CPU may keep a tied embedding twice
+    weight_bytes: int  # on a GPU; `Fit` says what a CPU keeps
     kv_bytes_per_token: int | None
 
 
@@ -183,7 +183,7 @@ def _read_checkpoint(checkpoint: Checkpoint, config: Config, answer: Probe) -> N
         answer.tool_format = formats.tools.name
         answer.reasoning_format = formats.reasoning.name if formats.reasoning is not None else None
     answer.memory = {dtype: _memory(architecture, width) for dtype, width in BYTES_PER_VALUE.items()}
-    answer.devices = [fit(architecture, config, device) for device in devices()]
+    answer.devices = [fit(checkpoint, config, device) for device in devices()]
 
 
 def _memory(architecture: ModelArchitecture, width: int) -> Memory:
@@ -242,6 +242,8 @@ def _rows(answer: Probe) -> Iterator[tuple[str, str]]:
         device = fitted.device
         where = f"{device.description}, {_size(device.available_bytes)} available, {fitted.dtype}".lstrip(", ")
         yield device.name, where
+        if fitted.kernels:
+            yield "", f"kernels: {fitted.kernels}; weights {_size(fitted.weight_bytes)}"
         if fitted.problem:
             yield "", fitted.problem
             continue

@@ -4,7 +4,8 @@
 
 The noise of a request depends on its seed and positions only, so what differs comes from rounding: another batch shape
 takes other kernels, a logit moves by one unit in the last place, and a near tie tips over. In float32 that is expected
-never to show, in bfloat16 now and then. Prints a line per precision and kind of sampling, and one JSON line last.
+never to show, in bfloat16 now and then on torch, and never with the CPU's native kernels. Prints a line per precision
+and kind of sampling, and one JSON line last.
 """
 
 import argparse

@@ -5,6 +5,7 @@ values depend on the whole prefix. Before a row "attends", every position it rea
 tokens have there: a wrong block, a stale one, a bad share, a skipped or doubled chunk all fail at once.
 """
 
+import sys
 import threading
 import zlib
 from collections import deque
@@ -143,6 +144,7 @@ class FakeExecutor:
         self.capacity = capacity
         self.depth = depth
         self.balance_tokens = 16
+        self.most_prompt_tokens = sys.maxsize
         self.facts = {"device": "fake"}
         self.next_token = next_token or pseudo_random_token(capacity.vocab_size)
         self.fail_launch_at = fail_launch_at

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from asyncllm.config import CacheConfig, Config, ModelConfig
+from asyncllm.config import CacheConfig, Config, ExecutorConfig, ModelConfig
+from asyncllm.executor.host import cpu_flags
 from asyncllm.executor.machine import Device, fit
 from asyncllm.executor.memory import GIB
+from asyncllm.native.library import find_library
 from asyncllm.probe import Probe, probe, report
 from asyncllm.weights.checkpoint import open_checkpoint
 from tests.weights.hub_server import Hub, hub_server
@@ -115,14 +117,51 @@ def test_a_model_that_fits_nowhere_is_served_but_does_not_fit(tmp_path: Path) ->
 
 def test_a_gpu_gets_the_share_that_the_configuration_gives_it(tmp_path: Path) -> None:
     save_llama(tmp_path)
-    architecture = open_checkpoint(str(tmp_path)).architecture
+    checkpoint = open_checkpoint(str(tmp_path))
     gpu = Device("cuda:0", "", 2 * GIB, 2 * GIB)
-    roomy = fit(architecture, Config(), gpu)
+    roomy = fit(checkpoint, Config(), gpu)
     assert roomy.problem == "" and roomy.num_sequences == {512: 256} and roomy.num_kv_tokens >= 256 * 512
-    tight = fit(architecture, Config(cache=CacheConfig(memory_fraction=0.1)), gpu)
+    tight = fit(checkpoint, Config(cache=CacheConfig(memory_fraction=0.1)), gpu)
     assert "cache.memory_fraction" in tight.problem and tight.num_kv_tokens == 0
-    full = fit(architecture, Config(), Device("cuda:0", "", 2 * GIB, 1000))
+    full = fit(checkpoint, Config(), Device("cuda:0", "", 2 * GIB, 1000))
     assert "weights need" in full.problem
+    assert roomy.kernels == tight.kernels == full.kernels == "", "kernels are a choice on a CPU only"
+
+
+def test_a_cpu_says_which_kernels_would_run_the_model_and_why_not(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    cpu = Device("cpu", "", 2 * GIB, 2 * GIB)
+    odd = fit(open_checkpoint(str(tmp_path)), Config(model=ModelConfig(dtype="bfloat16")), cpu)
+    assert (
+        odd.kernels == "torch: not all of hidden size, intermediate size and head size (48, 80, 12) are multiples of 32"
+    )
+    checkpoint, asked = open_checkpoint("smollm2-135m-instruct"), ExecutorConfig(attention_backend="torch")
+    on_torch = fit(checkpoint, Config(executor=asked), cpu)
+    assert on_torch.kernels == "torch: executor.attention_backend = torch"
+    assert on_torch.weight_bytes > 2 * checkpoint.architecture.num_parameters
+    assert f"kernels: {fit(checkpoint, Config(), cpu).kernels}; weights " in report(
+        probe("smollm2-135m-instruct", Config())
+    )
+
+
+@pytest.mark.skipif(isinstance(find_library(cpu_flags()), str), reason="no native kernels for this processor")
+def test_blocks_that_the_native_kernels_read_are_counted_as_they_lie_in_memory() -> None:
+    cpu, checkpoint = Device("cpu", "", 2 * GIB, 2 * GIB), open_checkpoint("smollm2-135m-instruct")
+    native = fit(checkpoint, Config(), cpu)
+    assert native.kernels.startswith("native, AVX") and native.dtype == "bfloat16"
+    in_bfloat16 = fit(checkpoint, Config(model=ModelConfig(quantization="none")), cpu)
+    assert checkpoint.num_bytes < native.weight_bytes < 0.5 * in_bfloat16.weight_bytes
+    assert in_bfloat16.weight_bytes == 2 * checkpoint.architecture.num_parameters, "a tied embedding is there once"
+
+
+def test_native_kernels_asked_for_by_name_are_a_device_s_problem_where_they_cannot_run(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    answer = looked_at(tmp_path, Config(executor=ExecutorConfig(attention_backend="native")))
+    [cpu] = [fitted for fitted in answer.devices if fitted.device.name == "cpu"]
+    assert answer.served and cpu.kernels == "" and cpu.num_kv_tokens == 0
+    assert cpu.problem == (
+        "executor.attention_backend = native cannot run this model: the model's dtype is float32; set it to auto"
+    )
 
 
 @pytest.fixture

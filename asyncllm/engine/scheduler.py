@@ -6,6 +6,7 @@ tensors, text or threads. Engine thread only.
 """
 
 import bisect
+import sys
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -43,16 +44,18 @@ class Scheduler:
         speculative: SpeculativeConfig = ONLY_ON_REQUEST,
         balance_tokens: int = 1,
         depth: int = 1,
+        most_prompt_tokens: int = sys.maxsize,
     ) -> None:
         """`clock`: monotonic seconds, for the time at which a sequence was first scheduled.
 
-        `balance_tokens`, `depth`: the executor's, by which drafts are judged.
+        `balance_tokens`, `depth`: the executor's, by which drafts are judged; `most_prompt_tokens` is its too.
         """
         self.pool = BlockPool(capacity.num_blocks, capacity.block_size, cache_config.prefix_cache)
         self._capacity = capacity
         self._block_size = capacity.block_size
         self._max_batched_tokens = scheduler_config.max_batched_tokens
         self._max_chunk_tokens = scheduler_config.max_chunk_tokens
+        self._most_prompt_tokens = most_prompt_tokens
         self._watermark = max(1, self.pool.num_blocks // WATERMARK_SHARE)
         self._clock = clock
         self._speculation = Speculation(speculative, balance_tokens, depth)
@@ -123,7 +126,11 @@ class Scheduler:
         """
         # Whoever may still be admitted samples a token too. And prompts come before drafts.
         num_spare_samples = self._capacity.max_samples - min(self._num_slots, len(self._sequences))
-        builder = StepBuilder(self._max_batched_tokens, min(num_spare_samples, self._max_batched_tokens // 4))
+        builder = StepBuilder(
+            self._max_batched_tokens,
+            min(num_spare_samples, self._max_batched_tokens // 4),
+            self._most_prompt_tokens,
+        )
         num_preemptions = self._num_preemptions
         self._num_promised_blocks = 0
         if self._running:
@@ -161,6 +168,7 @@ class Scheduler:
                 continue
             # Everyone behind keeps one token of the budget: a long prompt does not hold up those who decode.
             budget = builder.budget - (len(running) - index)
+            budget = min(budget, builder.prompt_budget)
             num_new = min(len(sequence.tokens) - sequence.num_computed_tokens, budget, chunk_limit)
             if num_new > 0 and self._reserve(sequence, sequence.num_computed_tokens + num_new, builder):
                 builder.add_prefill(sequence, num_new)
@@ -211,7 +219,7 @@ class Scheduler:
 
         Letting smaller ones pass would starve it.
         """
-        while builder.budget > 0 and self._free_slots:
+        while builder.budget > 0 and builder.prompt_budget > 0 and self._free_slots:
             sequence = self._waiting.peek()
             if sequence is None or not self._find_room(sequence):
                 return
@@ -226,7 +234,7 @@ class Scheduler:
                 self._started[sequence.request_id] = Started(num_cached_tokens, self._clock())
                 self._prefix_queried_tokens += sequence.num_prompt_tokens
                 self._prefix_hit_tokens += num_cached_tokens
-            num_new = min(len(sequence.tokens) - num_cached_tokens, builder.budget)
+            num_new = min(len(sequence.tokens) - num_cached_tokens, builder.budget, builder.prompt_budget)
             if builder.num_decode_rows:
                 num_new = min(num_new, self._max_chunk_tokens)
             sequence.blocks += self.pool.allocate(

@@ -37,11 +37,13 @@ class StepBuilder:
         "_slots",
         "budget",
         "num_spare_samples",
+        "prompt_budget",
     )
 
-    def __init__(self, budget: int, num_spare_samples: int = 0) -> None:
-        """`budget`: query tokens the step may still take; `num_spare_samples`: samples for drafts."""
+    def __init__(self, budget: int, num_spare_samples: int, prompt_budget: int) -> None:
+        """What the step may still take: query tokens, samples for drafts, and tokens of prompts."""
         self.budget = budget
+        self.prompt_budget = prompt_budget
         self.num_spare_samples = num_spare_samples
         self._decodes: list[Sequence] = []
         self._slots: list[int] = []
@@ -85,6 +87,7 @@ class StepBuilder:
         self._prefills.append((sequence, sequence.num_computed_tokens, num_tokens))
         sequence.num_computed_tokens += num_tokens
         self.budget -= num_tokens
+        self.prompt_budget -= num_tokens
         if sequence.num_computed_tokens == len(sequence.tokens) < sequence.max_length:
             sequence.num_in_flight += 1
             sequence.samples_in_slot = True

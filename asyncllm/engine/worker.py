@@ -177,6 +177,7 @@ class Worker:
             self._clock,
             speculative=self._speculative,
             balance_tokens=executor.balance_tokens,
+            most_prompt_tokens=executor.most_prompt_tokens,
             depth=executor.depth,
         )
         self._publish(EngineReady(executor.capacity, executor.facts))

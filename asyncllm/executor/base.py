@@ -15,6 +15,8 @@ from asyncllm.types import Capacity, Floats, SamplingParams, TokenLogprobs
 # token, 29 for 5, 37 for 9, 49 for 17, as if reading the weights cost what 16 tokens do. A GPU has some 300 operations
 # for each byte it reads and needs 2 for each of a bfloat16 weight; this one is not measured.
 CPU_BALANCE_TOKENS, GPU_BALANCE_TOKENS = 16, 256
+# `Executor.most_prompt_tokens` on a CPU. The kernels compute a prompt of 256 tokens as fast per token as one of 2048.
+CPU_PROMPT_TOKENS = 256
 
 
 class SlotInit(msgspec.Struct):
@@ -90,6 +92,7 @@ class Executor(Protocol):
     depth: int  # steps that may be in flight: 1 where launching computes, 2 where the device runs beside the host
     facts: dict[str, str]  # device, dtype, memory: for /health and the start-up log
     balance_tokens: int  # query tokens of a step whose arithmetic takes as long as reading the weights
+    most_prompt_tokens: int  # of a step, beyond which more only take longer, and let all others wait
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step; returns at once where the device is asynchronous."""

@@ -12,6 +12,7 @@ from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.executor import host
 from asyncllm.executor.base import Executor
+from asyncllm.executor.build_native import describe_kernels, find_native, load_native, native_weight_bytes
 from asyncllm.executor.memory import (
     GIB,
     activation_bytes,
@@ -22,7 +23,8 @@ from asyncllm.executor.memory import (
     weight_bytes,
 )
 from asyncllm.models.config import BYTES_PER_VALUE, ModelArchitecture
-from asyncllm.weights.base import BlockCheckpoint, Checkpoint
+from asyncllm.native.library import Library
+from asyncllm.weights.base import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +49,13 @@ def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str
     architecture = checkpoint.architecture
     device, remark = _device(config.model.device)
     on_gpu = device.type == "cuda"
-    dtype, dtype_fact = choose_dtype(config.model.dtype, architecture.dtype, on_gpu, host.cpu_has_bfloat16())
-    needed_bytes = weight_bytes(architecture, BYTES_PER_VALUE[dtype], on_gpu)
+    native = find_native(config, architecture, on_gpu)
+    fast_bfloat16 = host.cpu_has_bfloat16() or not isinstance(native, str)
+    dtype, dtype_fact = choose_dtype(config.model.dtype, architecture.dtype, on_gpu, fast_bfloat16)
+    if isinstance(native, str):
+        needed_bytes = weight_bytes(architecture, BYTES_PER_VALUE[dtype], on_gpu)
+    else:
+        needed_bytes = native_weight_bytes(config, checkpoint)
     adapters = _plan_adapters(config, architecture, report)
     facts = {
         "device": _describe(device) + remark,
@@ -61,30 +68,19 @@ def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str
         adapter_bytes = adapters.num_values * BYTES_PER_VALUE[dtype]
         needed_bytes += adapter_bytes
         facts["adapters"] = f"{adapters.summary}, {adapter_bytes / GIB:.2f} GiB"
-    if block_bytes := _block_bytes(config, checkpoint, dtype, device):
-        needed_bytes += block_bytes
-        facts["quantization"] = f"4-bit blocks for few rows, {block_bytes / GIB:.2f} GiB beside {dtype}"
+    if not on_gpu:
+        facts["kernels"] = describe_kernels(native)
     check_weights_fit(needed_bytes, _available_bytes(device))
     try:
         if _attention_backend(config.executor.attention_backend, device) == "triton":
             from asyncllm.executor.build_cuda import build_cuda_executor
 
             return build_cuda_executor(config, checkpoint, device, dtype, facts, report, adapters)
-        return _build_torch_executor(config, checkpoint, device, dtype, facts, report, adapters)
+        return _build_torch_executor(config, checkpoint, device, dtype, facts, report, adapters, native)
     except torch.OutOfMemoryError:
         raise StartupError(
             f"{device} ran out of memory: lower cache.memory_gib, cache.memory_fraction or scheduler.max_batched_tokens"
         ) from None
-
-
-def _block_bytes(config: Config, checkpoint: Checkpoint, dtype: str, device: "torch.device") -> int:
-    """Memory of the weights that stay in the file's blocks for steps of few rows; 0 where none do."""
-    from asyncllm.layers.blocks import max_rows
-
-    asked = config.model.quantization == "auto" and device.type == "cpu" and dtype == "bfloat16"
-    if not asked or not max_rows() or not isinstance(checkpoint, BlockCheckpoint):
-        return 0
-    return checkpoint.num_block_bytes
 
 
 def _plan_adapters(
@@ -107,8 +103,9 @@ def _build_torch_executor(
     facts: dict[str, str],
     report: Callable[[str], None],
     adapters: "AdapterPlan | None",
+    native: Library | str,
 ) -> Executor:
-    """Plain torch: the CPU's executor, and on a GPU the reference."""
+    """The CPU's executor, on native kernels where they run the model, else on plain torch; on a GPU the reference."""
     import torch
 
     from asyncllm.attention.torch_attention import TorchAttention
@@ -119,10 +116,12 @@ def _build_torch_executor(
 
     architecture, bytes_per_value = checkpoint.architecture, BYTES_PER_VALUE[dtype]
     report("load weights")
-    keep_blocks = _block_bytes(config, checkpoint, dtype, device) > 0
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    model = load_model(checkpoint, TorchAttention(), torch_dtype, device, keep_blocks)
-    mask = install_adapters(adapters, model, torch_dtype, device)
+    if isinstance(native, str):
+        model = load_model(checkpoint, TorchAttention(), torch_dtype, device)
+        mask = install_adapters(adapters, model, torch_dtype, device)
+    else:
+        model, mask = load_native(config, checkpoint, native, TorchAttention()), None
 
     report("allocate kv cache")
     if device.type == "cuda":
@@ -200,8 +199,8 @@ def _why_no_cuda() -> str:
 
 
 def _attention_backend(asked: str, device: "torch.device") -> str:
-    """Own kernels on CUDA, plain torch elsewhere."""
-    if asked == "auto":
+    """Own kernels on CUDA; elsewhere "torch", whose executor runs native kernels too."""
+    if asked in ("auto", "native"):
         return "triton" if device.type == "cuda" else "torch"
     if asked == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise StartupError(

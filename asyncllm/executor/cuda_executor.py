@@ -10,6 +10,7 @@ previous step sampled from the slots, so nothing waits for the host. Knows the m
 requests or text. Engine thread only.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -106,6 +107,7 @@ class CudaExecutor:
     """The `Executor` of a GPU. B block_size, K kv heads, D head_dim, L slots."""
 
     balance_tokens = GPU_BALANCE_TOKENS
+    most_prompt_tokens = sys.maxsize
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ Reads /proc and cgroup files below `root`, which tests replace. Torch-free; call
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 _SYSTEM = Path("/")
@@ -39,11 +40,17 @@ def cpu_quota(root: Path = _SYSTEM) -> int | None:
 
 def cpu_has_bfloat16(root: Path = _SYSTEM) -> bool:
     """Whether matrix products in bfloat16 are faster than in float32 on this processor."""
+    return not _BFLOAT16_FLAGS.isdisjoint(cpu_flags(root))
+
+
+@cache
+def cpu_flags(root: Path = _SYSTEM) -> frozenset[str]:
+    """What the processor can do, in Linux's words; empty where the kernel does not tell."""
     for line in (_read(root / "proc/cpuinfo") or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            return not _BFLOAT16_FLAGS.isdisjoint(value.split())
-    return False
+            return frozenset(value.split())
+    return frozenset()
 
 
 def cpu_name(root: Path = _SYSTEM) -> str:

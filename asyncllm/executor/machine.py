@@ -11,8 +11,10 @@ from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.executor import host
 from asyncllm.executor.build import choose_dtype
+from asyncllm.executor.build_native import describe_kernels, find_native, native_weight_bytes
 from asyncllm.executor.memory import activation_bytes, check_weights_fit, cpu_room, gpu_room, plan_cache, weight_bytes
-from asyncllm.models.config import BYTES_PER_VALUE, ModelArchitecture
+from asyncllm.models.config import BYTES_PER_VALUE
+from asyncllm.weights.base import Checkpoint
 
 LENGTHS = (1024, 4096, 16384, 65536, 131072)  # tokens of the sequences that are counted, and the model's own limit
 
@@ -41,6 +43,7 @@ class Fit(msgspec.Struct, frozen=True):
     num_kv_tokens: int = 0
     max_context_length: int = 0
     num_sequences: dict[int, int] = {}  # length in tokens -> how many run at once
+    kernels: str = ""  # on a CPU: native or torch, and why
 
 
 def devices() -> Iterator[Device]:
@@ -56,11 +59,25 @@ def devices() -> Iterator[Device]:
         yield Device(f"cuda:{index}", torch.cuda.get_device_name(index), total, free)
 
 
-def fit(architecture: ModelArchitecture, config: Config, device: Device) -> Fit:
-    """Size weights and KV cache as start-up would."""
-    dtype, _ = choose_dtype(config.model.dtype, architecture.dtype, device.is_gpu, host.cpu_has_bfloat16())
+def fit(checkpoint: Checkpoint, config: Config, device: Device) -> Fit:
+    """Choose kernels and size weights and KV cache as start-up would."""
+    architecture = checkpoint.architecture
+    problem = ""
+    try:
+        native = find_native(config, architecture, device.is_gpu)
+    except StartupError as error:
+        native = problem = error.message
+    is_native = not isinstance(native, str)
+    fast_bfloat16 = host.cpu_has_bfloat16() or is_native
+    dtype, _ = choose_dtype(config.model.dtype, architecture.dtype, device.is_gpu, fast_bfloat16)
     width = BYTES_PER_VALUE[dtype]
-    needed_bytes = weight_bytes(architecture, width, device.is_gpu)
+    if is_native:
+        needed_bytes = native_weight_bytes(config, checkpoint)
+    else:
+        needed_bytes = weight_bytes(architecture, width, device.is_gpu)
+    if problem:
+        return Fit(device, dtype, needed_bytes, problem)
+    kernels = "" if device.is_gpu else describe_kernels(native)
     try:
         check_weights_fit(needed_bytes, device.available_bytes)
         if device.is_gpu:
@@ -71,8 +88,8 @@ def fit(architecture: ModelArchitecture, config: Config, device: Device) -> Fit:
             room = cpu_room(device.available_bytes - needed_bytes)
         capacity = plan_cache(architecture, config, width, room).capacity
     except StartupError as error:
-        return Fit(device, dtype, needed_bytes, error.message)
+        return Fit(device, dtype, needed_bytes, error.message, kernels=kernels)
     context, at_once = capacity.max_context_length, config.scheduler.max_sequences
     lengths = [length for length in LENGTHS if length < context] + [context]
     fitting = {length: min(at_once, capacity.num_kv_tokens // length) for length in lengths}
-    return Fit(device, dtype, needed_bytes, "", capacity.num_kv_tokens, context, fitting)
+    return Fit(device, dtype, needed_bytes, "", capacity.num_kv_tokens, context, fitting, kernels)

@@ -26,10 +26,10 @@ class CachePlan(msgspec.Struct, frozen=True):
 
 
 def weight_bytes(architecture: ModelArchitecture, bytes_per_value: int, on_gpu: bool) -> int:
-    """Memory of the loaded weights."""
+    """Memory of the weights as torch keeps them."""
     num_values = architecture.num_parameters
     if not on_gpu and architecture.tie_word_embeddings:
-        # The output layer runs on a copy packed for the CPU's matrix kernel; the table stays for look-ups.
+        # The output layer runs on a copy packed for oneDNN's product; the table stays for look-ups.
         num_values += architecture.vocab_size * architecture.hidden_size
     return num_values * bytes_per_value
 

@@ -4,6 +4,7 @@ Knows the model as two functions, forward and compute_logits; knows nothing of r
 launching computes. Built, used and closed on the engine thread.
 """
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.executor import logprobs
-from asyncllm.executor.base import CPU_BALANCE_TOKENS, GPU_BALANCE_TOKENS, StepPlan, StepResult
+from asyncllm.executor.base import CPU_BALANCE_TOKENS, CPU_PROMPT_TOKENS, GPU_BALANCE_TOKENS, StepPlan, StepResult
 from asyncllm.executor.drafts import by_row, draft_arrays, settle
 from asyncllm.executor.inputs import StepInputs, build_inputs
 from asyncllm.executor.logprobs import Scores
@@ -20,6 +21,7 @@ from asyncllm.executor.pooling import pool
 from asyncllm.executor.sampler import Sampler
 from asyncllm.executor.sampling_rows import SamplingRows, gather_rows
 from asyncllm.executor.slots import SlotState
+from asyncllm.huge_pages import advise_huge_pages
 from asyncllm.layers.lora import AdapterMask
 from asyncllm.models.base import CausalLM
 from asyncllm.models.config import ModelArchitecture
@@ -90,14 +92,18 @@ class TorchExecutor:
         self.model = model
         self.capacity = capacity
         self.facts = facts
+        self.most_prompt_tokens = CPU_PROMPT_TOKENS if device.type == "cpu" else sys.maxsize
         self.balance_tokens = CPU_BALANCE_TOKENS if device.type == "cpu" else GPU_BALANCE_TOKENS
         self._device = device
         self._adapters = adapters
         shape = (2, capacity.num_blocks, architecture.num_kv_heads, capacity.block_size, architecture.head_dim)
-        # `zeros` would leave a CPU's pages unmapped until first used; writing them now makes resident memory final.
-        self.kv_caches = [  # per layer [2, num_blocks, K, B, D]
-            torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(architecture.num_layers)
-        ]
+        # Per layer [2, num_blocks, K, B, D].
+        self.kv_caches = [torch.empty(shape, dtype=dtype, device=device) for _ in range(architecture.num_layers)]
+        for kv_cache in self.kv_caches:
+            if device.type == "cpu":
+                advise_huge_pages(kv_cache.data_ptr(), kv_cache.nbytes)
+            # `zeros` would leave a CPU's pages unmapped until first used; writing them now makes resident memory final.
+            kv_cache.zero_()
         self.slots = SlotState(capacity, device)
         self._sampler = Sampler(capacity.vocab_size, self.slots, device)
         self._rows: SamplingRows | None = None

@@ -1,16 +1,15 @@
 """A linear layer, possibly several of the checkpoint's stacked into one product.
 
-On a CPU in bfloat16 the weight is packed once into oneDNN's blocked layout; where the checkpoint has it in 4-bit
-blocks, products of few rows read those instead. Knows nothing of models. Engine thread.
+On a CPU in bfloat16 the weight is packed once into oneDNN's blocked layout. Knows nothing of models. Engine thread.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from asyncllm.layers.blocks import OUT_MULTIPLE, BlockProduct, BlockRows, max_rows
+from asyncllm.layers.blocks import BlockRows
 
 
 class Linear(nn.Module):
@@ -30,18 +29,19 @@ class Linear(nn.Module):
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self._packed: Tensor | None = None  # opaque oneDNN tensor
-        self._blocks: dict[int, BlockRows] = {}  # by the number of the part, until `prepare`
-        self.block_product: BlockProduct | None = None  # of up to _max_block_rows rows
-        self._max_block_rows = 0
+        self.blocks: list[BlockRows | None] = [None] * (1 if parts is None else len(parts))
 
     def keep_blocks(self, part: int, blocks: BlockRows) -> None:
-        """Beside the loaded weight, the same values as the checkpoint has them."""
-        self._blocks[part] = blocks
+        """Instead of a part of the weight, which is not filled then, what the checkpoint has."""
+        self.blocks[part] = blocks
 
-    def block_rows(self) -> list[Tensor]:
-        """Rows of bytes, one for each output, of all that came in blocks; empty unless all did."""
-        num_parts = 1 if self.parts is None else len(self.parts)
-        return [self._blocks[part].rows for part in range(num_parts)] if len(self._blocks) == num_parts else []
+    def take_rows(self) -> BlockRows:
+        """Let go of the weight: as the checkpoint has it where all parts are stored alike, else in bfloat16."""
+        assert self.weight is not None
+        sizes = [self.out_features] if self.parts is None else list(self.parts.values())
+        rows = take_rows(self.weight.detach(), sizes, self.blocks)
+        self.weight, self.blocks = None, []
+        return rows
 
     def prepare(self, fused: bool) -> None:
         """Pack the loaded weight where that is faster, and let go of the plain one.
@@ -51,27 +51,11 @@ class Linear(nn.Module):
         """
         if self.weight is None or not can_pack(self.weight):
             return
-        if self.block_rows() and self.out_features % OUT_MULTIPLE == 0 and max_rows() > 0:
-            self.block_product = BlockProduct([self._blocks[part] for part in sorted(self._blocks)])
-            self._max_block_rows = max_rows()
-        self._blocks.clear()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
         self.weight = None
 
-    @property
-    def num_bytes(self) -> int:
-        """What a product of one row reads of the weight."""
-        if self.block_product is not None:
-            return self.block_product.num_bytes
-        weight = self._packed if self.weight is None else self.weight
-        assert weight is not None
-        return weight.element_size() * self.in_features * self.out_features
-
     def forward(self, x: Tensor) -> Tensor:  # hot
         """[N, in_features] -> [N, out_features]."""
-        if self.block_product is not None and len(x) <= self._max_block_rows:
-            out = self.block_product(x)
-            return out if self.bias is None else out.add_(self.bias)
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         assert self.weight is not None
@@ -89,3 +73,18 @@ def can_pack(weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def take_rows(weight: Tensor, sizes: Sequence[int], blocks: Sequence[BlockRows | None]) -> BlockRows:
+    """A weight [N, K] whose parts, of `sizes` rows, came in blocks where there are some: all in blocks of one kind.
+
+    Parts of several kinds become Q8_0; beside one that came in none, all become bfloat16.
+    """
+    kept = [part for part in blocks if part is not None]
+    if len(kept) == len(sizes):
+        kinds = {part.kind for part in kept}
+        return BlockRows.joined(kept if len(kinds) == 1 else [part.in_eight_bits() for part in kept])
+    for rows, part in zip(weight.split(list(sizes)), blocks):
+        if part is not None:
+            rows.copy_(part.values())
+    return BlockRows("BF16", weight.to(torch.bfloat16).contiguous().view(torch.uint8))

@@ -49,8 +49,9 @@ class DecoderAttention(nn.Module):
         """Bring the dimensions of queries and keys that turn together to where `Rotary` wants them."""
         for parameter in self.qkv_proj.parameters():
             self.arrange(parameter)
-        for rows in self.qkv_proj.block_rows()[:2]:  # of queries, of keys
-            self._arrange_heads(rows.unflatten(0, (-1, self.head_dim)))
+        for blocks in self.qkv_proj.blocks[:2]:  # of queries, of keys
+            if blocks is not None:
+                self._arrange_heads(blocks.rows.unflatten(0, (-1, self.head_dim)))
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 self._arrange_heads(norm.weight[None])

@@ -76,10 +76,12 @@ class Checkpoint(Protocol):
 
 @runtime_checkable
 class BlockCheckpoint(Protocol):
-    """A checkpoint that can also hand out weights as it stores them, in 4-bit blocks."""
+    """A checkpoint that can also hand out weights in the blocks it stores them in."""
 
-    num_block_bytes: int  # of all tensors in such blocks
+    def tensors_in_blocks(self) -> "Iterator[tuple[str, torch.Tensor | BlockRows]]":
+        """As `Checkpoint.tensors`, but quantized matrices come in blocks of the kinds that `layers.blocks` knows."""
+        ...
 
-    def blocks(self, name: str) -> "BlockRows | None":
-        """A tensor by its Hugging Face name, in memory of its own; None where it is stored otherwise."""
+    def num_bytes_in_blocks(self, bytes_per_value: int) -> int:
+        """Of all tensors so handed out; those that are not in such blocks with `bytes_per_value`."""
         ...

@@ -5,7 +5,6 @@ Any thread.
 """
 
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,49 +63,64 @@ class GGUFCheckpoint:
 
     def tensors(self) -> "Iterator[tuple[str, torch.Tensor]]":
         """Dequantized one by one, float32, as Hugging Face stores them."""
+        import torch
+
+        for name, info, data in self._stored():
+            tensor = torch.from_numpy(dequantized(self._path, data, info))
+            yield from _as_hugging_face(self._family, name, self._in_halves(name, tensor))
+
+    def tensors_in_blocks(self) -> "Iterator[tuple[str, torch.Tensor | BlockRows]]":
+        """See `BlockCheckpoint`: quantized matrices of which converters changed nothing but the order of rows."""
         import numpy
         import torch
+
+        from asyncllm.layers.blocks import BlockRows
+        from asyncllm.weights.gguf_blocks import as_blocks, blocks_kind
+
+        for name, info, data in self._stored():
+            if self._stays_in_blocks(name, info):
+                num_bytes, kind = num_tensor_bytes(self._path, info), ggml_type(self._path, info).name
+                stored = numpy.array(data[info.offset : info.offset + num_bytes]).reshape(info.shape[0], -1)
+                rows = torch.from_numpy(as_blocks(kind, stored))
+                yield name, BlockRows(blocks_kind(kind), self._in_halves(name, rows))
+            else:
+                tensor = torch.from_numpy(dequantized(self._path, data, info))
+                yield from _as_hugging_face(self._family, name, self._in_halves(name, tensor))
+
+    def num_bytes_in_blocks(self, bytes_per_value: int) -> int:
+        """See `BlockCheckpoint`."""
+        from asyncllm.layers.blocks import BLOCK_BYTES, BLOCK_VALUES
+        from asyncllm.weights.gguf_blocks import blocks_kind
+
+        num_bytes = 0
+        for info in self._tensors:
+            if info.name not in ROPE_TENSORS:
+                num_values = _num_rows(info) * info.shape[-1]
+                if self._stays_in_blocks(hugging_face_name(self._path, self._family, info.name), info):
+                    kind = blocks_kind(ggml_type(self._path, info).name)
+                    num_bytes += num_values // BLOCK_VALUES * BLOCK_BYTES[kind]
+                else:
+                    num_bytes += num_values * bytes_per_value
+        return num_bytes
+
+    def _stays_in_blocks(self, name: str, info: TensorInfo) -> bool:
+        from asyncllm.layers.blocks import BLOCK_VALUES
+
+        is_matrix = len(info.shape) == 2 and info.shape[1] % BLOCK_VALUES == 0
+        transposed = name.rpartition(".")[0].endswith(self._family.transposed or ("none",))
+        return is_matrix and not transposed and ggml_type(self._path, info).name not in ("F32", "F16")
+
+    def _stored(self) -> "Iterator[tuple[str, TensorInfo, numpy.ndarray]]":
+        """Each tensor by its Hugging Face name, and the bytes of the file."""
+        import numpy
 
         data = numpy.memmap(self._path, mode="r")
         with Progress(f"loading {self._path.name}", self.num_bytes) as progress:
             for info in self._tensors:
                 if info.name in ROPE_TENSORS:
                     continue
-                name = hugging_face_name(self._path, self._family, info.name)
-                tensor = torch.from_numpy(dequantized(self._path, data, info))
-                yield from _as_hugging_face(self._family, name, self._in_halves(name, tensor))
+                yield hugging_face_name(self._path, self._family, info.name), info, data
                 progress.advance(num_tensor_bytes(self._path, info))
-
-    def blocks(self, name: str) -> "BlockRows | None":
-        """See `BlockCheckpoint`: a matrix whose blocks torch can multiply, its rows in Hugging Face's order."""
-        import numpy
-        import torch
-
-        from asyncllm.layers.blocks import BLOCK_BYTES, BlockRows
-
-        info = self._infos.get(name)
-        if info is None or name.rpartition(".")[0].endswith(self._family.transposed or ("none",)):
-            return None
-        kind = ggml_type(self._path, info).name
-        if kind not in BLOCK_BYTES:
-            return None
-        data = numpy.memmap(self._path, mode="r")[info.offset : info.offset + num_tensor_bytes(self._path, info)]
-        stored = torch.from_numpy(numpy.array(data).reshape(_num_rows(info), -1))
-        return BlockRows(kind, self._in_halves(name, stored))
-
-    @property
-    def num_block_bytes(self) -> int:
-        """See `BlockCheckpoint`."""
-        from asyncllm.layers.blocks import BLOCK_BYTES
-
-        infos = (info for info in self._tensors if ggml_type(self._path, info).name in BLOCK_BYTES)
-        return sum(num_tensor_bytes(self._path, info) for info in infos)
-
-    @cached_property
-    def _infos(self) -> dict[str, TensorInfo]:
-        """Tensors by their Hugging Face names; stacks of experts have a placeholder in theirs."""
-        infos = [info for info in self._tensors if info.name not in ROPE_TENSORS]
-        return {hugging_face_name(self._path, self._family, info.name): info for info in infos}
 
     def _in_halves(self, name: str, rows: "torch.Tensor") -> "torch.Tensor":
         """Rows of queries and keys in the order of Hugging Face's rope, where the converter changed that."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from asyncllm.attention.base import AttentionBackend
 from asyncllm.errors import StartupError, show
+from asyncllm.layers.blocks import BlockRows
+from asyncllm.layers.embedding import Embedding
 from asyncllm.layers.experts import ExpertWeights
 from asyncllm.layers.linear import Linear
 from asyncllm.models.base import CausalLM
@@ -30,15 +32,24 @@ class Target(msgspec.Struct, frozen=True):
 
 
 def load_model(
+    checkpoint: Checkpoint, attention: AttentionBackend, dtype: torch.dtype, device: torch.device
+) -> CausalLM:
+    """Build the checkpoint's model, stream its weights in, and prepare its layers to run in torch; see `read_model`."""
+    model = read_model(checkpoint, attention, dtype, device)
+    prepare(model, attention.fused)
+    return cast(CausalLM, model.eval())
+
+
+def read_model(
     checkpoint: Checkpoint,
     attention: AttentionBackend,
     dtype: torch.dtype,
     device: torch.device,
     keep_blocks: bool = False,
-) -> CausalLM:
+) -> nn.Module:
     """Build the checkpoint's model and stream its weights in.
 
-    With `keep_blocks`, layers that the checkpoint stores in 4-bit blocks also get those, for products of few rows.
+    With `keep_blocks`, layers that the checkpoint stores in blocks keep those instead of a weight.
 
     Peak memory is the weights plus one tensor: on a CPU the pages of an empty parameter are only taken when they are
     written. Raises StartupError naming tensors that are missing, unexpected or of a wrong shape.
@@ -48,11 +59,19 @@ def load_model(
             model = build_model(checkpoint.architecture, attention)
         _materialise(model, dtype, device)
         _fill(checkpoint, model, keep_blocks)
-        for module in model.modules():  # outer ones first: attention may reorder what its projections then pack
-            prepare = getattr(module, "prepare", None)
-            if prepare is not None:
-                prepare(attention.fused)
-    return cast(CausalLM, model.eval())
+    return model
+
+
+def prepare(model: nn.Module, fused: bool, products: bool = True) -> None:
+    """Let each layer make ready for its first step, linear ones only if `products`.
+
+    Outer ones first: attention may reorder what its projections then pack.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            prepare_module = getattr(module, "prepare", None)
+            if prepare_module is not None and (products or not isinstance(module, Linear)):
+                prepare_module(fused)
 
 
 def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -108,25 +127,36 @@ def _parts_of(path: str, module: nn.Module, name: str, parameter: Tensor) -> dic
     return None
 
 
-def _block_places(model: nn.Module) -> dict[str, tuple[Linear, int]]:
-    """The weights that a linear layer can also take in blocks: by tensor name, the layer and which of its parts."""
-    places: dict[str, tuple[Linear, int]] = {}
+def _block_places(model: nn.Module) -> dict[str, list[tuple[Linear | Embedding, int, int]]]:
+    """The weights that may stay in blocks: by tensor name the layer, which of its parts, and the rows of that.
+
+    All parts of a layer, one after the other, where a checkpoint may have them in one tensor.
+    """
+    places: dict[str, list[tuple[Linear | Embedding, int, int]]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Linear):
-            parent = path.rpartition(".")[0]
-            names = [f"{parent}.{part}.weight" for part in module.parts] if module.parts else [f"{path}.weight"]
-            places |= {name: (module, index) for index, name in enumerate(names)}
+        if isinstance(module, Linear) and module.parts:
+            parent, sizes = path.rpartition(".")[0], module.parts.items()
+            whole = places[f"{path}.weight"] = []
+            for part, (name, num_rows) in enumerate(sizes):
+                places[f"{parent}.{name}.weight"] = [(module, part, num_rows)]
+                whole.append((module, part, num_rows))
+        elif isinstance(module, Linear | Embedding) and module.weight is not None:
+            places[f"{path}.weight"] = [(module, 0, len(module.weight))]
     return places
 
 
 def _fill(checkpoint: Checkpoint, model: nn.Module, keep_blocks: bool) -> None:
     targets, stacks, family = targets_of(model), stacks_of(model), checkpoint.architecture.family
-    in_blocks = checkpoint if keep_blocks and isinstance(checkpoint, BlockCheckpoint) else None
-    places = {} if in_blocks is None else _block_places(model)
+    in_blocks = keep_blocks and isinstance(checkpoint, BlockCheckpoint)
+    places = _block_places(model) if in_blocks else {}
     missing = {name for name, target in targets.items() if not target.optional}
     unexpected = []
-    for stored_name, stored in checkpoint.tensors():
-        named = decoder_tensor(family, stored_name, stored)
+    stream = checkpoint.tensors_in_blocks() if in_blocks else checkpoint.tensors()  # type: ignore[attr-defined]
+    for stored_name, stored in stream:
+        blocks = stored if isinstance(stored, BlockRows) else None
+        named = decoder_tensor(
+            family, stored_name, stored if blocks is None else torch.empty(blocks.shape, device="meta")
+        )
         if named is None:
             continue
         name, tensor = named
@@ -144,11 +174,14 @@ def _fill(checkpoint: Checkpoint, model: nn.Module, keep_blocks: bool) -> None:
                 f"{checkpoint.source}: tensor {stored_name} has shape {list(tensor.shape)}, "
                 f"expected {list(destination.shape)}"
             )
-        destination.copy_(tensor)
-        if in_blocks is not None and name in places and tensor is stored:
-            layer, part = places[name]
-            if (blocks := in_blocks.blocks(stored_name)) is not None:
-                layer.keep_blocks(part, blocks)
+        if blocks is None:
+            destination.copy_(tensor)
+        elif name in places:
+            sizes = [num_rows for _, _, num_rows in places[name]]
+            for (layer, part, _), rows in zip(places[name], blocks.rows.split(sizes)):
+                layer.keep_blocks(part, BlockRows(blocks.kind, rows))
+        else:
+            destination.copy_(blocks.values())
         missing.difference_update(filled)
     if missing:
         raise StartupError(f"{checkpoint.source}: missing tensors ({len(missing)}): {_names(missing)}")

@@ -5,6 +5,7 @@ is done. Scheduler, blocks and slots are the real ones. Knows plans and the boar
 """
 
 import ctypes
+import sys
 import threading
 import time
 
@@ -63,6 +64,7 @@ class SleepingExecutor:
 
     depth = 2
     balance_tokens = GPU_BALANCE_TOKENS
+    most_prompt_tokens = sys.maxsize
 
     def __init__(self, capacity: Capacity, token_ids: list[int], board: Board, seed: int = 0) -> None:
         """`token_ids`: what to draw from. Built on the engine thread, whose id goes on the board."""

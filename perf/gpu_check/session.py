@@ -99,6 +99,7 @@ class GatedExecutor:
         self.depth = executor.depth
         self.facts = executor.facts
         self.balance_tokens = executor.balance_tokens
+        self.most_prompt_tokens = executor.most_prompt_tokens
         self.at_gate = threading.Event()
         self.gate: threading.Event | None = None
 

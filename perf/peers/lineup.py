@@ -116,6 +116,7 @@ def _vllm_cpu(models: Models, python: Path, port: int) -> ServerSpec:
     environment = {
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB: 90,000 tokens
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # its default leaves it one of two cores
         "VLLM_NO_USAGE_STATS": "1",
         "LD_PRELOAD": ":".join(vllm_preloads(python)),
         # It looks for a compiler and its own tools by name.

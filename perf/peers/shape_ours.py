@@ -33,7 +33,7 @@ def measure(
         model=ModelConfig(path=path, dtype="bfloat16", device="cpu"),
         cache=CacheConfig(num_blocks=num_blocks),
         scheduler=SchedulerConfig(max_sequences=max(row_counts)),
-        executor=ExecutorConfig(threads=threads, attention_backend="torch"),
+        executor=ExecutorConfig(threads=threads),
     )
     with torch.inference_mode():
         executor = build_executor(config, open_checkpoint(path), lambda phase: None)

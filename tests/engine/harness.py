@@ -1,5 +1,6 @@
 """Drives scheduler and fake executor as the worker does, without threads; and what a request must give, by itself."""
 
+import sys
 from collections import deque
 
 import pytest
@@ -35,6 +36,7 @@ class Harness:
         max_batched_tokens: int = 64,
         max_chunk_tokens: int = 8,
         speculative: SpeculativeConfig = ONLY_ON_REQUEST,
+        most_prompt_tokens: int = sys.maxsize,
         **capacity: int,
     ) -> None:
         self.executor = FakeExecutor(small_capacity(**capacity), depth, next_token)
@@ -45,6 +47,7 @@ class Harness:
             clock=lambda: 42.0,
             speculative=speculative,
             balance_tokens=self.executor.balance_tokens,
+            most_prompt_tokens=most_prompt_tokens,
             depth=depth,
         )
         self.in_flight: deque = deque()

@@ -37,6 +37,20 @@ def test_a_prompt_is_chunked_while_others_decode() -> None:
     assert [plan.samples for plan in machine.executor.plans[1:]] == [[True, False], [True, False], [True, True]]
 
 
+def test_prompts_share_the_tokens_that_a_step_has_for_them_in_order() -> None:
+    machine = Harness(most_prompt_tokens=12)
+    machine.add(submit(1, prompt(10)), submit(2, prompt(15, start=2)), submit(3, prompt(8, start=3)))
+    machine.turns(3)
+    first, second, third = machine.executor.plans[:3]
+    assert first.num_query_tokens == [10, 2]
+    # The first one decodes from here on: the second goes on in chunks of 8, and the third has what is left.
+    assert second.num_decode_rows == 1 and second.num_query_tokens == [1, 8, 4]
+    assert third.num_query_tokens[1:] == [5, 4]
+    tokens = machine.run()
+    for request_id, its_prompt in enumerate((prompt(10), prompt(15, start=2), prompt(8, start=3)), start=1):
+        assert tokens[request_id] == expected_tokens(its_prompt, greedy())[0]
+
+
 def test_the_budget_bounds_a_step_and_keeps_a_token_for_everyone_behind() -> None:
     machine = Harness(max_batched_tokens=6)
     machine.add(*(submit(i, prompt(4, start=i), greedy(max_tokens=30)) for i in (2, 3)))

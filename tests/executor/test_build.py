@@ -6,7 +6,10 @@ from gguf import GGMLQuantizationType as Kind
 from asyncllm.config import CacheConfig, Config, ExecutorConfig, ModelConfig, SchedulerConfig
 from asyncllm.errors import StartupError
 from asyncllm.executor.build import build_executor, choose_dtype
-from asyncllm.layers.linear import Linear
+from asyncllm.executor.host import cpu_flags
+from asyncllm.models.decoder import DecoderForCausalLM
+from asyncllm.native.decoder import NativeDecoder
+from asyncllm.native.library import find_library
 from asyncllm.types import SamplingParams
 from asyncllm.weights.base import TextFacts
 from asyncllm.weights.checkpoint import open_checkpoint
@@ -60,22 +63,26 @@ def build(**model):
     return build_executor(config(**model), TinyCheckpoint(), lambda phase: None)
 
 
-def test_four_bit_blocks_are_used_and_told_of_unless_told_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setattr("asyncllm.layers.blocks.max_rows", lambda: 4)
-    monkeypatch.setattr("asyncllm.layers.linear.max_rows", lambda: 4)
-    save_gguf(tmp_path / "model.gguf", llama(vocab_size=96, hidden_size=64, intermediate_size=96), Kind.Q4_1)
+@pytest.mark.parametrize(("quantization", "dtype"), [("auto", "bfloat16"), ("none", "bfloat16"), ("auto", "float32")])
+def test_a_cpu_keeps_the_blocks_of_a_file_unless_told_otherwise(tmp_path, quantization, dtype):
+    model = llama(vocab_size=96, hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)
+    save_gguf(tmp_path / "model.gguf", model, Kind.Q4_1)
     checkpoint = open_checkpoint(str(tmp_path))
-    products = {}
-    for quantization, dtype in (("auto", "bfloat16"), ("none", "bfloat16"), ("auto", "float32")):
-        asked = config(quantization=quantization, dtype=dtype)
-        executor = build_executor(asked, checkpoint, lambda phase: None)
-        layers = [layer for layer in executor.model.modules() if isinstance(layer, Linear)]
-        products[quantization, dtype] = sum(layer.block_product is not None for layer in layers)
-        assert ("quantization" in executor.facts) == (products[quantization, dtype] > 0)
-        executor.close()
-    # Four in each of two layers; the head stays as it is where blocks would have to be torn.
-    assert products["auto", "bfloat16"] >= 8
-    assert products["none", "bfloat16"] == products["auto", "float32"] == 0
+    asked = config(quantization=quantization, dtype=dtype)
+    asked = msgspec.structs.replace(asked, cache=CacheConfig(num_blocks=16, block_size=16))
+    executor = build_executor(asked, checkpoint, lambda phase: None)
+    native = find_library(cpu_flags())
+    if dtype == "float32":
+        assert executor.facts["kernels"] == "torch: the model's dtype is float32"
+        assert isinstance(executor.model, DecoderForCausalLM)
+    elif isinstance(native, str):
+        assert executor.facts["kernels"] == f"torch: {native}"
+    else:
+        assert executor.facts["kernels"] == f"native, {native.description}"
+        assert isinstance(executor.model, NativeDecoder)
+        in_bfloat16 = 2 * checkpoint.architecture.num_parameters
+        assert (executor.model.num_bytes < 0.4 * in_bfloat16) == (quantization == "auto")
+    executor.close()
 
 
 def test_phases_are_reported_in_order_and_facts_are_words():
@@ -87,7 +94,8 @@ def test_phases_are_reported_in_order_and_facts_are_words():
     assert executor.facts["device"].startswith("cpu")
     assert executor.facts["dtype"] == "float32"
     assert executor.facts["kv"].startswith("KV: 256 tokens")
-    assert set(executor.facts) == {"device", "dtype", "parameters", "weights", "kv", "threads"}
+    assert set(executor.facts) == {"device", "dtype", "kernels", "parameters", "weights", "kv", "threads"}
+    assert executor.facts["kernels"] == "torch: the model's dtype is float32"
     executor.close()
 
 

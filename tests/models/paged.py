@@ -7,6 +7,7 @@ import torch
 
 from asyncllm.attention.base import AttentionMetadata, PrefillRows
 from asyncllm.models.base import CausalLM
+from asyncllm.native.decoder import NativeDecoder
 
 
 class PagedRunner:
@@ -23,11 +24,13 @@ class PagedRunner:
         a = model.architecture
         self.model = model
         self.dtype = dtype
-        self.device = model.model.embed_tokens.weight.device  # type: ignore[attr-defined]
+        native = isinstance(model, NativeDecoder)
+        self.fused = not native and model.attention.fused  # type: ignore[attr-defined]
+        self.device = torch.device("cpu") if native else model.model.embed_tokens.weight.device  # type: ignore[attr-defined]
         self.block_size = block_size
         shape = (2, num_blocks, a.num_kv_heads, block_size, a.head_dim)
         # Rubbish instead of zeros: what nobody wrote must not be read. Kernels do not even touch it.
-        rubbish = torch.nan if model.attention.fused else 100.0  # type: ignore[attr-defined]
+        rubbish = torch.nan if self.fused or native else 100.0
         self.kv_caches = [torch.full(shape, rubbish, dtype=dtype, device=self.device) for _ in range(a.num_layers)]
         self.free_blocks = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free_blocks)
@@ -52,14 +55,14 @@ class PagedRunner:
             seq_lens.append(end)
         width = max(len(self.blocks[name]) for name, _ in rows)
         tables = [self.blocks[name] + [0] * (width - len(self.blocks[name])) for name, _ in rows]
-        attention = self.model.attention  # type: ignore[attr-defined]
-        dtype = torch.int32 if attention.fused else torch.int64
+        dtype = torch.int32 if self.fused else torch.int64
 
         def tensor(values: list) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)
 
         prefill = None
-        if attention.fused and num_decode_rows < len(rows):
+        if self.fused and num_decode_rows < len(rows):
+            attention = self.model.attention  # type: ignore[attr-defined]
             starts = [sum(rows_lens[:row]) for row in range(len(rows))]
             tiles = attention.tiles(
                 np.array(rows_lens[num_decode_rows:]), np.array(seq_lens[num_decode_rows:]), num_decode_rows, self.dtype
@@ -80,7 +83,8 @@ class PagedRunner:
         input_ids = tensor([token for _, tokens in rows for token in tokens])
         with torch.inference_mode():
             hidden = self.model.forward(input_ids, metadata, self.kv_caches)
-            return list(self.model.compute_logits(hidden).float().cpu().split(rows_lens))
+            # A copy: the next call may write to the same memory.
+            return list(self.model.compute_logits(hidden).float().cpu().clone().split(rows_lens))
 
     def greedy(self, prompt: list[int], num_tokens: int, name: str = "greedy") -> list[int]:
         """Prefill, then decode one by one."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from asyncllm.attention.torch_attention import TorchAttention
 from asyncllm.errors import StartupError
+from asyncllm.layers.blocks import BlockRows
 from asyncllm.weights.base import BlockCheckpoint
 from asyncllm.weights.checkpoint import open_checkpoint
 from asyncllm.weights.gguf_header import read_header
@@ -193,30 +194,42 @@ def test_blocks_that_only_llama_cpp_can_write_load_as_gguf_dequantizes_them(tmp_
         numpy.testing.assert_array_equal(tensor.numpy(), expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
-def test_four_bit_matrices_are_also_handed_out_in_blocks_with_rows_in_the_same_order(
-    tmp_path: Path, kind: Kind
-) -> None:
+@pytest.mark.parametrize("kind", [Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
+def test_matrices_are_also_handed_out_in_blocks_with_rows_in_the_same_order(tmp_path: Path, kind: Kind) -> None:
     save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), kind)
     checkpoint = open_checkpoint(str(tmp_path))
     assert isinstance(checkpoint, BlockCheckpoint)
-    num_bytes = 0
-    for name, tensor in checkpoint.tensors():
-        blocks = checkpoint.blocks(name)
-        assert (blocks is not None) == (tensor.ndim == 2), name
-        if blocks is not None:
-            quants, scale, offset = blocks.unpacked()
-            values = quants.unflatten(1, (-1, 32)) * scale[..., None] + offset[..., None]
-            torch.testing.assert_close(values.flatten(1), tensor, rtol=0, atol=1e-6, msg=name)
-            num_bytes += blocks.rows.nbytes
-    assert num_bytes == checkpoint.num_block_bytes
+    in_blocks = dict(checkpoint.tensors_in_blocks())
+    plain = dict(checkpoint.tensors())
+    assert in_blocks.keys() == plain.keys()
+    for name, tensor in plain.items():
+        found = in_blocks[name]
+        assert isinstance(found, BlockRows) == (tensor.ndim == 2), name
+        values = found.values().float() if isinstance(found, BlockRows) else found
+        torch.testing.assert_close(values, tensor, rtol=0, atol=0, msg=name)
 
 
-def test_matrices_of_other_types_have_no_blocks_to_multiply(tmp_path: Path) -> None:
-    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), Kind.Q8_0)
+@pytest.mark.parametrize("kind", [Kind.Q5_0, Kind.Q5_1])
+def test_matrices_of_other_types_are_handed_out_in_eight_bits(tmp_path: Path, kind: Kind) -> None:
+    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), kind)
     checkpoint = open_checkpoint(str(tmp_path))
-    assert isinstance(checkpoint, BlockCheckpoint) and checkpoint.num_block_bytes == 0
-    assert all(checkpoint.blocks(name) is None for name, _ in checkpoint.tensors())
+    assert isinstance(checkpoint, BlockCheckpoint)
+    plain = dict(checkpoint.tensors())
+    for name, tensor in checkpoint.tensors_in_blocks():
+        if isinstance(tensor, torch.Tensor):
+            assert tensor.ndim == 1 and torch.equal(tensor, plain[name]), name
+        else:
+            most = plain[name].abs().max()
+            torch.testing.assert_close(tensor.values(), plain[name], rtol=0, atol=0.01 * float(most), msg=name)
+
+
+def test_matrices_of_plain_floats_are_handed_out_as_values(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), Kind.F16)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert isinstance(checkpoint, BlockCheckpoint)
+    plain = dict(checkpoint.tensors())
+    for name, tensor in checkpoint.tensors_in_blocks():
+        assert isinstance(tensor, torch.Tensor) and torch.equal(tensor, plain[name]), name
 
 
 def test_a_large_tensor_is_dequantized_in_slabs_with_the_same_values(

@@ -1,0 +1,475 @@
+// A pre-norm decoder's step on a CPU, in one call: the same facts as models/decoder.py, without an operation's dispatch.
+//
+// Python owns all memory that outlives a step; here are only buffers that grow with the largest step. The residual stream
+// and all results of products are float32. Structures are mirrored field by field in library.py.
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "attention.h"
+#include "team.h"
+
+namespace {
+
+constexpr int ROW_BLOCK = 64;       // rows that meet a group of weights while it is in the first cache
+constexpr int PIECES_A_THREAD = 8;  // enough for a thread that is held up to be relieved
+constexpr int MAX_TOKENS_A_PIECE = 16;
+
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
+
+// Kinds of phases, whose times are told apart.
+enum Part { BEGIN, NORMS, PRODUCTS, ROTATION, ATTENTION, MLP, HEAD, NUM_PARTS };
+
+struct Norm {
+    const float *weight;  // [k]; null: no norm
+    const float *bias;    // [k]: a layer norm; null: a root-mean-square norm
+};
+
+struct Layer {
+    Norm before_attention, after_attention, before_mlp, after_mlp;
+    const float *q_norm, *k_norm;  // [D], or null
+    Matrix qkv, out, up, down;     // `up`: gate above up, where the MLP is gated
+    float scale, soft_cap;
+    int32_t window, rotation;      // keys seen, 0 for all; which of the rotations
+};
+
+struct Model {
+    int32_t hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, block_size;
+    int32_t activation, is_gated, num_rotations;
+    float norm_eps, embedding_scale;
+    const Layer *layers;
+    Norm last_norm;
+    Matrix embedding, head;
+    const float *position_embedding;  // [max_position, hidden], or null
+    const float *frequencies;         // [num_rotations, D / 2], of an angle per position
+    const float *amplitudes;          // [num_rotations, D / 2]
+};
+
+struct Step {
+    int32_t num_tokens, num_rows;
+    const int64_t *token_ids, *positions, *slots;  // [N]; slots: block * block_size + offset
+    const int64_t *block_table;                    // [L, columns]
+    int64_t num_columns;
+    const int64_t *row_slots, *query_lens, *seq_lens;  // [S]
+    const uint64_t *caches;                            // [layers]: addresses of [num_blocks, K, 2, B * D]
+    float *hidden;  // [N, hidden], written
+};
+
+// Grows and never shrinks; what is in it is lost by growing.
+template <class T> class Buffer {
+  public:
+    ~Buffer() { std::free(data_); }
+    T *of(size_t size) {
+        if (size > size_) {
+            std::free(data_);
+            size_ = 0;
+            data_ = static_cast<T *>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64));
+            if (!data_) throw std::bad_alloc();
+            size_ = size;
+        }
+        return data_;
+    }
+
+  private:
+    T *data_ = nullptr;
+    size_t size_ = 0;
+};
+
+struct RowBuffers {
+    Buffer<uint16_t> values;
+    Buffer<int8_t> quants, fine;
+    Buffer<float> scales, sums;
+    Buffer<int32_t> totals, fine_totals;
+    Buffer<uint8_t> marks;
+
+    Rows of(int num_rows, int k) {
+        const size_t size = (size_t)(num_rows + MARK_ROWS - 1) / MARK_ROWS * MARK_ROWS * k, num_blocks = size / BLOCK;
+        return {values.of(size),      quants.of(size),          fine.of(size),       scales.of(num_blocks), sums.of(num_blocks),
+                totals.of(num_blocks), fine_totals.of(num_blocks), marks.of(num_blocks)};
+    }
+};
+
+simd::Floats sigmoid(simd::Floats x) {
+    using namespace simd;
+    return div(all(1), add(all(1), exp2(min(mul(x, all(-LOG2E)), all(126.0f)))));
+}
+
+simd::Floats activate(int activation, simd::Floats x) {
+    using namespace simd;
+    switch (activation) {
+    case SILU: return mul(x, sigmoid(x));
+    case GELU_TANH:  // x / 2 · (1 + tanh(u)) = x · sigmoid(2u)
+        return mul(x, sigmoid(mul(all(2 * 0.7978845608f), fma(mul(mul(x, x), x), all(0.044715f), x))));
+    case RELU: return max(x, zero());
+    default: {
+        float values[LANES];
+        store(values, x);
+        for (float &value : values) value *= 0.5f * (1.0f + std::erf(value * 0.70710678f));
+        return load(values);
+    }
+    }
+}
+
+void apply_norm(const Norm &norm, const float *x, float *to, int k, float eps) {
+    using namespace simd;
+    float mean = 0;
+    if (norm.bias) {
+        Floats sums = zero();
+        for (int i = 0; i < k; i += LANES) sums = add(sums, load(x + i));
+        mean = sum(sums) / (float)k;
+    }
+    const Floats middle = all(mean);
+    Floats squares = zero();
+    for (int i = 0; i < k; i += LANES) {
+        const Floats away = sub(load(x + i), middle);
+        squares = fma(away, away, squares);
+    }
+    const Floats factor = all(1.0f / std::sqrt(sum(squares) / (float)k + eps));
+    for (int i = 0; i < k; i += LANES) {
+        const Floats y = mul(mul(sub(load(x + i), middle), factor), load(norm.weight + i));
+        store(to + i, norm.bias ? add(y, load(norm.bias + i)) : y);
+    }
+}
+
+class Decoder {
+  public:
+    Decoder(const Model &model, int num_threads)
+        : model_(model), layers_(model.layers, model.layers + model.num_layers), team_(num_threads) {
+        shape_ = {model.num_heads, model.num_kv_heads, model.head_dim, model.block_size};
+    }
+
+    void forward(const Step &step) {
+        const int n = step.num_tokens, d = model_.head_dim;
+        residual_.of((size_t)n * model_.hidden_size);
+        branch_.of((size_t)n * model_.hidden_size);
+        qkv_.of((size_t)n * num_qkv());
+        queries_.of((size_t)n * model_.num_heads * d);
+        angles_.of((size_t)model_.num_rotations * n * d);
+        rows_.of(n, widest());
+        wide_rows_.of(n, model_.intermediate_size);
+        plan_tiles(step);
+        team_.run(8 * model_.num_layers + 4, spent, [&](Walk &walk) { walk_through(step, walk); });
+    }
+
+    void logits(const float *hidden, int num_rows, float *to) {
+        const Matrix &head = model_.head;
+        rows_.of(num_rows, widest());
+        team_.run(2, spent, [&](Walk &walk) {
+            const Rows rows = rows_.of(num_rows, widest());
+            each_token(walk, HEAD, num_rows, [&](int r) { prepare_row(rows, head.kind, head.k, r, hidden + (size_t)r * head.k); });
+            product(walk, HEAD, head, rows, num_rows, to, head.n);
+        });
+    }
+
+    int64_t spent[NUM_PARTS] = {};  // nanoseconds of the caller's, by part
+
+  private:
+    struct TilePlace {
+        int row, token, first, num_rows;  // of the step; the tile's first query: a token and a head of it, counted through
+    };
+
+    int num_qkv() const { return (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim; }
+    int widest() const { return std::max(model_.hidden_size, model_.num_heads * model_.head_dim); }
+
+    // The queries of a row that one KV head serves, in tiles: tokens one after the other, the heads of each side by side.
+    void plan_tiles(const Step &step) {
+        tiles_.clear();
+        for (int row = 0, token = 0; row < step.num_rows; token += (int)step.query_lens[row++]) {
+            const int num_queries = (int)step.query_lens[row] * shape_.group();
+            for (int first = 0; first < num_queries; first += Tile::MAX_ROWS) {
+                tiles_.push_back({row, token, first, std::min(Tile::MAX_ROWS, num_queries - first)});
+            }
+        }
+        // Prompts' last tiles have the most keys: a long piece must not come last.
+        std::reverse(tiles_.begin(), tiles_.end());
+    }
+
+    void walk_through(const Step &step, Walk &walk) {
+        const int n = step.num_tokens, hidden = model_.hidden_size;
+        float *residual = residual_.of(0), *branch = branch_.of(0);
+        const Rows rows = rows_.of(0, widest()), wide = wide_rows_.of(0, model_.intermediate_size);
+        each_token(walk, BEGIN, n, [&](int t) { begin_token(step, t, residual + (size_t)t * hidden); });
+        const Norm *pending = nullptr;  // of the branch that is not yet added
+        const auto add_and_norm = [&](bool has_branch, const Norm &next, auto &&use) {
+            each_token(walk, NORMS, n, [&, has_branch](int t) {
+                float *stream = residual + (size_t)t * hidden, *added = branch + (size_t)t * hidden;
+                if (has_branch) {
+                    if (pending->weight) apply_norm(*pending, added, added, hidden, model_.norm_eps);
+                    for (int i = 0; i < hidden; i += GROUP) {
+                        simd::store(stream + i, simd::add(simd::load(stream + i), simd::load(added + i)));
+                    }
+                }
+                use(t, next, stream, added);
+            });
+        };
+        const auto prepare_for = [&](const Matrix &matrix) {
+            return [&](int t, const Norm &norm, const float *stream, float *scratch) {
+                apply_norm(norm, stream, scratch, hidden, model_.norm_eps);
+                prepare_row(rows, matrix.kind, hidden, t, scratch);
+            };
+        };
+        for (int l = 0; l < model_.num_layers; ++l) {
+            const Layer &layer = layers_[l];
+            add_and_norm(l > 0, layer.before_attention, prepare_for(layer.qkv));
+            product(walk, PRODUCTS, layer.qkv, rows, n, qkv_.of(0), num_qkv());
+            uint16_t *cache = (uint16_t *)step.caches[l];
+            each_token(walk, ROTATION, n, [&](int t) { store_token(step, layer, cache, t); });
+            const int num_tiles = (int)tiles_.size();
+            walk.each(ATTENTION, num_tiles * shape_.num_kv_heads, [&](int i) {
+                attend_tile(step, layer, cache, rows, tiles_[i / shape_.num_kv_heads], i % shape_.num_kv_heads);
+            });
+            product(walk, PRODUCTS, layer.out, rows, n, branch, hidden);
+            pending = &layer.after_attention;
+            add_and_norm(true, layer.before_mlp, prepare_for(layer.up));
+            product_activated(walk, layer, rows, wide, n);
+            product(walk, MLP, layer.down, wide, n, branch, hidden);
+            pending = &layer.after_mlp;
+        }
+        add_and_norm(true, model_.last_norm, [&](int t, const Norm &norm, const float *stream, float *) {
+            apply_norm(norm, stream, step.hidden + (size_t)t * hidden, hidden, model_.norm_eps);
+        });
+    }
+
+    // The embedding of a token, and the cosines and sines of its position.
+    void begin_token(const Step &step, int t, float *residual) {
+        const int hidden = model_.hidden_size, half = model_.head_dim / 2;
+        const int64_t position = step.positions[t];
+        read_row(model_.embedding, (int)step.token_ids[t], residual);
+        for (int i = 0; i < hidden; ++i) residual[i] *= model_.embedding_scale;
+        if (const float *learned = model_.position_embedding) {
+            for (int i = 0; i < hidden; ++i) residual[i] += learned[(size_t)position * hidden + i];
+        }
+        for (int k = 0; k < model_.num_rotations; ++k) {
+            float *cos = angles_of(k, t, step.num_tokens);
+            for (int i = 0; i < half; ++i) {
+                const float angle = (float)position * model_.frequencies[k * half + i];
+                const float amplitude = model_.amplitudes[k * half + i];
+                cos[i] = std::cos(angle) * amplitude;
+                cos[half + i] = std::sin(angle) * amplitude;
+            }
+        }
+    }
+
+    float *angles_of(int rotation, int t, int num_tokens) {
+        return angles_.of(0) + ((size_t)rotation * num_tokens + t) * model_.head_dim;
+    }
+
+    // Norms and turns a token's queries and keys; stores its keys and values.
+    void store_token(const Step &step, const Layer &layer, uint16_t *cache, int t) {
+        const int d = model_.head_dim, num_heads = model_.num_heads, num_kv_heads = model_.num_kv_heads;
+        float *x = qkv_.of(0) + (size_t)t * num_qkv();
+        const float *cos = angles_of(layer.rotation, t, step.num_tokens), *sin = cos + d / 2;
+        const simd::Floats scale = simd::all(layer.soft_cap > 0 ? layer.scale : layer.scale * simd::LOG2E);
+        uint16_t *queries = queries_.of(0) + (size_t)t * num_heads * d;
+        for (int h = 0; h < num_heads + num_kv_heads; ++h) {
+            float *head = x + (size_t)h * d;
+            const float *weight = h < num_heads ? layer.q_norm : layer.k_norm;
+            if (weight) norm_head(head, weight, d, model_.norm_eps);
+            rotate_head(head, cos, sin, d);
+            if (h >= num_heads) continue;
+            for (int i = 0; i < d; i += GROUP) {
+                simd::store_bfloat16(queries + (size_t)h * d + i, simd::mul(simd::load(head + i), scale));
+            }
+        }
+        const int64_t slot = step.slots[t];
+        const int offset = (int)(slot % shape_.block_size);
+        for (int h = 0; h < num_kv_heads; ++h) {
+            uint16_t *keys = cache + shape_.place(slot / shape_.block_size, h);
+            store_key(keys, x + (size_t)(num_heads + h) * d, offset, d);
+            store_value(keys + shape_.page_values(), x + (size_t)(num_heads + num_kv_heads + h) * d, offset, d);
+        }
+    }
+
+    // Attends, and leaves the result as the output projection wants it.
+    void attend_tile(const Step &step, const Layer &layer, const uint16_t *cache, const Rows &rows, const TilePlace &place,
+                     int kv_head) {
+        const int d = model_.head_dim, group = shape_.group();
+        const int before = (int)(step.seq_lens[place.row] - step.query_lens[place.row]);
+        alignas(64) float outputs[Tile::MAX_ROWS * MAX_HEAD_DIM];
+        Tile tile;
+        for (int r = 0; r < place.num_rows; ++r) {
+            const int query = place.first + r, t = query / group, head = kv_head * group + query % group;
+            tile.queries[r] = queries_.of(0) + ((size_t)(place.token + t) * model_.num_heads + head) * d;
+            tile.ends[r] = before + t + 1;
+            tile.starts[r] = layer.window ? std::max(0, tile.ends[r] - layer.window) : 0;
+            tile.outputs[r] = outputs + r * d;
+        }
+        const int64_t *table = step.block_table + step.row_slots[place.row] * step.num_columns;
+        attend(tile, place.num_rows, shape_, cache, table, kv_head, layer.soft_cap);
+        const int width = model_.num_heads * d;
+        for (int r = 0; r < place.num_rows; ++r) {
+            const int query = place.first + r, token = place.token + query / group, head = kv_head * group + query % group;
+            for (int i = 0; i < d; i += BLOCK) {
+                const float *x = tile.outputs[r] + i;
+                prepare_block(rows, layer.out.kind, width, token, head * d + i, simd::load(x), simd::load(x + GROUP));
+            }
+        }
+    }
+
+    // body(i) for each of n tokens, some to a piece.
+    template <class Body> void each_token(Walk &walk, Part part, int n, Body &&body) {
+        const int some = std::clamp(n / (PIECES_A_THREAD * team_.num_threads()), 1, MAX_TOKENS_A_PIECE);
+        walk.each(part, (n + some - 1) / some, [&](int i) {
+            for (int t = i * some; t < std::min(n, (i + 1) * some); ++t) body(t);
+        });
+    }
+
+    // Pieces of a product of n rows and a number of units of outputs: body(first row, rows, first unit, last unit + 1).
+    template <class Body> void each_piece(Walk &walk, Part part, int n, int num_units, Body &&body) {
+        const int row_blocks = (n + ROW_BLOCK - 1) / ROW_BLOCK;
+        const int wanted = std::max(1, PIECES_A_THREAD * team_.num_threads() / row_blocks);
+        const int units = std::max(1, num_units / wanted), columns = (num_units + units - 1) / units;
+        walk.each(part, row_blocks * columns, [&](int i) {
+            const int row = i % row_blocks * ROW_BLOCK, unit = i / row_blocks * units;
+            body(row, std::min(ROW_BLOCK, n - row), unit, std::min(unit + units, num_units));
+        });
+    }
+
+    // to [n, width] = rows · matrix
+    void product(Walk &walk, Part part, const Matrix &matrix, const Rows &rows, int n, float *to, int width) {
+        each_piece(walk, part, n, matrix.num_groups(), [&](int row, int num_rows, int begin, int end) {
+            for (int g = begin; g < end; ++g) {
+                const bool whole = (g + 1) * GROUP <= matrix.n;
+                for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
+                    const int some = std::min(simd::TILE_ROWS, num_rows - r);
+                    float *at = to + (size_t)(row + r) * width + g * GROUP;
+                    if (whole) {
+                        multiply(matrix, rows, row + r, some, g, at, width);
+                    } else {
+                        float results[simd::TILE_ROWS * GROUP];
+                        multiply(matrix, rows, row + r, some, g, results, GROUP);
+                        const size_t num_bytes = sizeof(float) * (matrix.n - g * GROUP);
+                        for (int i = 0; i < some; ++i) std::memcpy(at + (size_t)i * width, results + i * GROUP, num_bytes);
+                    }
+                    add_bias(matrix, some, g, at, width);
+                }
+            }
+        });
+    }
+
+    // to = act(rows · gate) * (rows · up), or act(rows · up), as the layer's `down` wants it.
+    void product_activated(Walk &walk, const Layer &layer, const Rows &rows, const Rows &to, int n) {
+        const int inner = model_.intermediate_size, up_groups = inner / GROUP;
+        each_piece(walk, MLP, n, inner / BLOCK, [&](int row, int num_rows, int begin, int end) {
+            alignas(64) float gate[simd::TILE_ROWS * BLOCK], up[simd::TILE_ROWS * BLOCK];
+            for (int block = begin; block < end; ++block) {
+                for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
+                    const int some = std::min(simd::TILE_ROWS, num_rows - r);
+                    for (int half = 0; half < 2; ++half) {
+                        const int g = 2 * block + half;
+                        multiply(layer.up, rows, row + r, some, g, gate + half * GROUP, BLOCK);
+                        add_bias(layer.up, some, g, gate + half * GROUP, BLOCK);
+                        if (!model_.is_gated) continue;
+                        multiply(layer.up, rows, row + r, some, up_groups + g, up + half * GROUP, BLOCK);
+                        add_bias(layer.up, some, up_groups + g, up + half * GROUP, BLOCK);
+                    }
+                    for (int i = 0; i < some; ++i) {
+                        simd::Floats y[2];
+                        for (int half = 0; half < 2; ++half) {
+                            y[half] = activate(model_.activation, simd::load(gate + i * BLOCK + half * GROUP));
+                            if (model_.is_gated) y[half] = simd::mul(y[half], simd::load(up + i * BLOCK + half * GROUP));
+                        }
+                        prepare_block(to, layer.down.kind, inner, row + r + i, block * BLOCK, y[0], y[1]);
+                    }
+                }
+            }
+        });
+    }
+
+    static constexpr int MAX_HEAD_DIM = 512;
+
+    Model model_;
+    std::vector<Layer> layers_;
+    HeadShape shape_;
+    Team team_;
+    std::vector<TilePlace> tiles_;
+    Buffer<float> residual_, branch_, qkv_, angles_;
+    Buffer<uint16_t> queries_;
+    RowBuffers rows_, wide_rows_;
+};
+
+// Where a row is largest, the first place of several; 0 where nothing is a number. Counts in floats: exact to 2^24.
+int64_t argmax(const float *row, int width) {
+    using namespace simd;
+    constexpr int SUMS = 4;  // side by side, as a comparison waits for the one before it
+    Floats best[SUMS], step[SUMS];
+    for (int i = 0; i < SUMS; ++i) best[i] = all(-INFINITY), step[i] = zero();
+    const int steps = width / (SUMS * LANES);
+    for (int s = 0; s < steps; ++s) {
+        for (int i = 0; i < SUMS; ++i) {
+            const Floats x = load(row + (s * SUMS + i) * LANES);
+            step[i] = where_greater(x, best[i], all((float)s), step[i]);
+            best[i] = where_greater(x, best[i], x, best[i]);
+        }
+    }
+    float value = -INFINITY;
+    int64_t place = 0;
+    for (int i = 0; i < SUMS; ++i) {
+        float bests[LANES], its_steps[LANES];
+        store(bests, best[i]), store(its_steps, step[i]);
+        for (int lane = 0; lane < LANES; ++lane) {
+            const int64_t at = ((int64_t)its_steps[lane] * SUMS + i) * LANES + lane;
+            if (bests[lane] > value || (bests[lane] == value && at < place)) value = bests[lane], place = at;
+        }
+    }
+    for (int at = steps * SUMS * LANES; at < width; ++at) {
+        if (row[at] > value) value = row[at], place = at;
+    }
+    return value == -INFINITY ? 0 : place;
+}
+
+// What a caller in Python can make of an exception.
+template <class Body> int guarded(Body &&body) noexcept {
+    try {
+        body();
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// A digest of the sources this was built from, by which Python knows whether the structures are those it mirrors.
+const char *asyncllm_sources() { return ASYNCLLM_SOURCES; }
+
+void *asyncllm_decoder_new(const Model *model, int num_threads) {
+    void *decoder = nullptr;
+    guarded([&] { decoder = new Decoder(*model, num_threads); });
+    return decoder;
+}
+
+void asyncllm_decoder_delete(void *decoder) { delete static_cast<Decoder *>(decoder); }
+
+int asyncllm_decoder_forward(void *decoder, const Step *step) {
+    return guarded([&] { static_cast<Decoder *>(decoder)->forward(*step); });
+}
+
+int asyncllm_decoder_logits(void *decoder, const float *hidden, int num_rows, float *logits) {
+    return guarded([&] { static_cast<Decoder *>(decoder)->logits(hidden, num_rows, logits); });
+}
+
+// Nanoseconds that all calls so far took, by part, in the order of `Part`.
+void asyncllm_decoder_spent(void *decoder, int64_t *to) {
+    std::memcpy(to, static_cast<Decoder *>(decoder)->spent, sizeof(int64_t) * NUM_PARTS);
+}
+
+// Where each of num_rows rows of `width` floats is largest.
+void asyncllm_argmax(const float *rows, int num_rows, int width, int64_t *to) {
+    for (int r = 0; r < num_rows; ++r) to[r] = argmax(rows + (size_t)r * width, width);
+}
+
+// Bytes that `asyncllm_pack` writes for a matrix of a kind.
+int64_t asyncllm_packed_bytes(int kind, int n, int k) {
+    return (int64_t)((n + GROUP - 1) / GROUP) * (k / BLOCK) * BLOCK_BYTES[kind];
+}
+
+void asyncllm_pack(int stored, const uint8_t *rows, int n, int k, uint8_t *to) {
+    const int kind = stored == PLAIN_BFLOAT16 ? BFLOAT16 : stored == Q8_0 ? EIGHT_BIT : FOUR_BIT;
+    const size_t group_bytes = (size_t)(k / BLOCK) * BLOCK_BYTES[kind];
+    for (int g = 0; g * GROUP < n; ++g) pack_group(stored, rows, n, k, g, to + g * group_bytes);
+}
+
+}  // extern "C"

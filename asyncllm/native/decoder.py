@@ -1,0 +1,198 @@
+"""A decoder whose steps run in C++; see `models.base.CausalLM`. Engine thread.
+
+Takes over the weights of a model that was read but not prepared for torch, packs each into the order in which products
+read it, and lets go of the rest. A step is one call for all layers and one for the logits.
+"""
+
+import ctypes
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from asyncllm.attention.base import AttentionMetadata
+from asyncllm.huge_pages import advise_huge_pages
+from asyncllm.layers.embedding import Embedding
+from asyncllm.layers.linear import Linear
+from asyncllm.layers.mlp import GatedMLP
+from asyncllm.layers.norm import LayerNorm, RMSNorm
+from asyncllm.layers.rotary import Rotary
+from asyncllm.models.decoder import DecoderForCausalLM, DecoderLayer
+from asyncllm.native import library as c
+from asyncllm.native.library import Library
+
+ALIGNMENT = 64
+MAX_KEPT_BYTES = 64 * 2**20  # of logits, from one step to the next
+
+
+class NativeDecoder:
+    """The model in C++."""
+
+    def __init__(self, model: nn.Module, library: Library, block_size: int, num_threads: int) -> None:
+        """Empties `model`, a DecoderForCausalLM. `num_threads` compute, the caller's among them."""
+        assert isinstance(model, DecoderForCausalLM)
+        self.architecture = model.architecture
+        self.num_bytes = 0  # of packed weights
+        self._library = library
+        self._owned: list[Any] = []  # what the structures point to
+        self._decoder: int | None = None
+        self._logits = torch.empty(0)  # of earlier steps: pages of fresh memory would cost more than to fill them
+        self._arena = _Arena(_most_bytes(model, library))
+        with torch.inference_mode():
+            structure = self._describe(model, block_size)
+        self._decoder = library.decoder_new(ctypes.byref(structure), num_threads)
+        if self._decoder is None:
+            raise MemoryError
+
+    def __del__(self) -> None:
+        if self._decoder is not None:
+            self._library.decoder_delete(self._decoder)
+
+    def forward(self, input_ids: Tensor, metadata: AttentionMetadata, kv_caches: list[Tensor]) -> Tensor:  # hot
+        """[N] int64 -> [N, hidden] float32; stores keys and values in `kv_caches`, in an order of its own."""
+        hidden = torch.empty((len(input_ids), self.architecture.hidden_size), dtype=torch.float32)
+        query_lens = np.array(metadata.query_lens, dtype=np.int64)
+        caches = np.array([cache.data_ptr() for cache in kv_caches], dtype=np.uint64)
+        step = c.Step(
+            num_tokens=len(input_ids),
+            num_rows=len(query_lens),
+            token_ids=input_ids.data_ptr(),
+            positions=metadata.positions.data_ptr(),
+            slots=metadata.slot_mapping.data_ptr(),
+            block_table=metadata.block_table.data_ptr(),
+            num_columns=metadata.block_table.shape[1],
+            row_slots=metadata.slots.data_ptr(),
+            query_lens=query_lens.ctypes.data,
+            seq_lens=metadata.seq_lens.data_ptr(),
+            caches=caches.ctypes.data,
+            hidden=hidden.data_ptr(),
+        )
+        if self._library.decoder_forward(self._decoder, ctypes.byref(step)):
+            raise MemoryError
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:  # hot
+        """[M, hidden] -> [M, V] float32, in memory that the next call may write to."""
+        hidden = hidden.contiguous()
+        num_values = len(hidden) * self.architecture.vocab_size
+        logits = self._logits
+        if num_values > len(logits):
+            logits = torch.empty(num_values, dtype=torch.float32)
+            if logits.nbytes <= MAX_KEPT_BYTES:
+                self._logits = logits
+        logits = logits[:num_values].view(len(hidden), -1)
+        if self._library.decoder_logits(self._decoder, hidden.data_ptr(), len(hidden), logits.data_ptr()):
+            raise MemoryError
+        soft_cap = self.architecture.logit_soft_cap
+        return logits if soft_cap == 0.0 else logits.div_(soft_cap).tanh_().mul_(soft_cap)
+
+    def spent_s(self) -> dict[str, float]:
+        """Seconds that all steps so far took, by part of a step."""
+        nanoseconds = (ctypes.c_int64 * len(c.PARTS))()
+        self._library.decoder_spent(self._decoder, nanoseconds)
+        return {part: spent / 1e9 for part, spent in zip(c.PARTS, nanoseconds)}
+
+    def _describe(self, model: DecoderForCausalLM, block_size: int) -> c.Model:
+        a, decoder = self.architecture, model.model
+        layers = [cast(DecoderLayer, layer) for layer in decoder.layers]
+        rotaries = list(dict.fromkeys(layer.self_attn.rotary for layer in layers))
+        head = None if a.tie_word_embeddings else self._matrix(model.lm_head)
+        embedding = self._matrix(decoder.embed_tokens)
+        positions = decoder.embed_positions
+        described = (c.Layer * len(layers))(*(self._layer(layer, rotaries) for layer in layers))
+        self._owned.append(described)
+        return c.Model(
+            hidden_size=a.hidden_size,
+            intermediate_size=a.intermediate_size,
+            num_layers=a.num_layers,
+            num_heads=a.num_heads,
+            num_kv_heads=a.num_kv_heads,
+            head_dim=a.head_dim,
+            block_size=block_size,
+            activation=c.ACTIVATIONS.index(a.activation),
+            is_gated=a.gated_mlp,
+            num_rotations=len(rotaries),
+            norm_eps=a.rms_norm_eps,
+            embedding_scale=decoder.embed_tokens.scale,
+            layers=described,
+            last_norm=self._norm(decoder.norm),
+            embedding=embedding,
+            head=head or embedding,
+            position_embedding=None if positions is None else self._floats(positions.take_rows().values()),
+            frequencies=self._floats(torch.stack([rotary.inv_freq for rotary in rotaries])),
+            amplitudes=self._floats(torch.stack([_amplitude(rotary) for rotary in rotaries])),
+        )
+
+    def _layer(self, layer: DecoderLayer, rotaries: list[Rotary]) -> c.Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        has_branch_norms = layer.pre_feedforward_layernorm is not None
+        # Gemma 2 and 3 call the norm of attention's result what others call the norm before the MLP.
+        after, before = layer.post_attention_layernorm, layer.pre_feedforward_layernorm
+        return c.Layer(
+            before_attention=self._norm(layer.input_layernorm),
+            after_attention=self._norm(after if has_branch_norms else None),
+            before_mlp=self._norm(before if has_branch_norms else after),
+            after_mlp=self._norm(layer.post_feedforward_layernorm),
+            q_norm=self._floats(None if attention.q_norm is None else attention.q_norm.weight),
+            k_norm=self._floats(None if attention.k_norm is None else attention.k_norm.weight),
+            qkv=self._matrix(attention.qkv_proj),
+            out=self._matrix(attention.o_proj),
+            up=self._matrix(mlp.gate_up_proj if isinstance(mlp, GatedMLP) else cast(Linear, mlp.up_proj)),
+            down=self._matrix(cast(Linear, mlp.down_proj)),
+            scale=attention.scale,
+            soft_cap=attention.soft_cap,
+            window=attention.window,
+            rotation=rotaries.index(attention.rotary),
+        )
+
+    def _norm(self, norm: RMSNorm | LayerNorm | None) -> c.Norm:
+        if norm is None:
+            return c.Norm()
+        return c.Norm(self._floats(norm.weight), self._floats(norm.bias) if isinstance(norm, LayerNorm) else None)
+
+    def _floats(self, values: Tensor | None) -> int | None:
+        """The address of a float32 copy that lives as long as this does."""
+        if values is None:
+            return None
+        kept = values.detach().float().contiguous()
+        self._owned.append(kept)
+        return kept.data_ptr()
+
+    def _matrix(self, layer: Linear | Embedding) -> c.Matrix:
+        """Pack a layer's weight, and let go of it."""
+        bias = self._floats(layer.bias) if isinstance(layer, Linear) else None
+        rows = layer.take_rows()
+        stored, kind = c.STORED[rows.kind]
+        n, k = rows.shape
+        packed = self._arena.take(self._library.packed_bytes(kind, n, k))
+        self._library.pack(stored, rows.rows.data_ptr(), n, k, packed.data_ptr())
+        self.num_bytes += packed.nbytes
+        return c.Matrix(kind, n, k, packed.data_ptr(), bias)
+
+
+def _amplitude(rotary: Rotary) -> Tensor:
+    return torch.ones_like(rotary.inv_freq) if rotary.amplitude is None else rotary.amplitude
+
+
+class _Arena:
+    """Memory for all packed weights, side by side: of what is not taken no page is ever touched."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        self._taken = -self._memory.data_ptr() % ALIGNMENT
+        advise_huge_pages(self._memory.data_ptr(), num_bytes)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """The next bytes, aligned."""
+        taken = self._memory[self._taken : self._taken + num_bytes]
+        assert len(taken) == num_bytes
+        self._taken += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        return taken
+
+
+def _most_bytes(model: nn.Module, library: Library) -> int:
+    """What all weights take if none of them is in blocks."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear | Embedding)]
+    shapes = [layer.weight.shape for layer in layers if layer.weight is not None]
+    return sum(library.packed_bytes(c.BFLOAT16, *shape) + ALIGNMENT for shape in shapes) + ALIGNMENT

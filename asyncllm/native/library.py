@@ -1,0 +1,192 @@
+"""The compiled kernels: finds the build for this processor, and mirrors the structures of decoder.cpp field by field.
+
+Built when the package is installed (setup.py), for several generations of x86-64; where no compiler was, or for other
+processors, there is none, and plain torch does the work. A call releases the GIL. Any thread.
+"""
+
+import ctypes
+import hashlib
+import importlib.machinery
+from functools import cache
+from pathlib import Path
+
+from asyncllm.models.config import ModelArchitecture
+
+# Best first: the module's name, the processor flags it needs as Linux names them, and what to call it.
+BUILDS = (
+    (
+        "avx512_bf16",
+        {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+        "AVX-512 with bfloat16",
+    ),
+    ("avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}, "AVX-512"),
+    ("avx2", {"avx2", "fma", "f16c"}, "AVX2"),
+)
+
+BFLOAT16, FOUR_BIT, EIGHT_BIT = range(3)  # Matrix.kind
+STORED = {"BF16": (0, BFLOAT16), "Q4_0": (1, FOUR_BIT), "Q4_1": (2, FOUR_BIT), "Q8_0": (3, EIGHT_BIT)}
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+PARTS = ("embedding", "norms", "products", "rotation", "attention", "mlp", "head")  # whose times are told apart
+ROW_MULTIPLE = 32  # of inputs of every matrix, and of a head's dimensions
+MAX_HEAD_DIM = 512
+PAGE = 16  # tokens that a cache block must be a multiple of
+
+
+class Matrix(ctypes.Structure):
+    """Weights of n outputs and k inputs."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int32),
+        ("n", ctypes.c_int32),
+        ("k", ctypes.c_int32),
+        ("data", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+class Norm(ctypes.Structure):
+    """No weight: no norm; a bias: a layer norm."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class Layer(ctypes.Structure):
+    """One layer."""
+
+    _fields_ = [
+        *((name, Norm) for name in ("before_attention", "after_attention", "before_mlp", "after_mlp")),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        *((name, Matrix) for name in ("qkv", "out", "up", "down")),
+        ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("window", ctypes.c_int32),
+        ("rotation", ctypes.c_int32),
+    ]
+
+
+class Model(ctypes.Structure):
+    """The whole model."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "hidden_size",
+                "intermediate_size",
+                "num_layers",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "block_size",
+                "activation",
+                "is_gated",
+                "num_rotations",
+            )
+        ),
+        ("norm_eps", ctypes.c_float),
+        ("embedding_scale", ctypes.c_float),
+        ("layers", ctypes.POINTER(Layer)),
+        ("last_norm", Norm),
+        ("embedding", Matrix),
+        ("head", Matrix),
+        ("position_embedding", ctypes.c_void_p),
+        ("frequencies", ctypes.c_void_p),
+        ("amplitudes", ctypes.c_void_p),
+    ]
+
+
+class Step(ctypes.Structure):
+    """The inputs of a step, and where its hidden states go."""
+
+    _fields_ = [
+        ("num_tokens", ctypes.c_int32),
+        ("num_rows", ctypes.c_int32),
+        ("token_ids", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("num_columns", ctypes.c_int64),
+        ("row_slots", ctypes.c_void_p),
+        ("query_lens", ctypes.c_void_p),
+        ("seq_lens", ctypes.c_void_p),
+        ("caches", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+    ]
+
+
+class Library:
+    """The functions of one build."""
+
+    def __init__(self, file: Path, description: str) -> None:
+        """Raises OSError where the file cannot be loaded or was built from other sources than these."""
+        self.description = description
+        functions = ctypes.CDLL(str(file))
+        sources = getattr(functions, "asyncllm_sources", None)
+        if sources is not None:
+            sources.restype = ctypes.c_char_p
+        if sources is None or sources() != sources_digest().encode():
+            raise OSError(f"{file.name} was built from other sources: install the package again")
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        self.decoder_new = functions.asyncllm_decoder_new
+        self.decoder_new.restype, self.decoder_new.argtypes = pointer, [ctypes.POINTER(Model), integer]
+        self.decoder_delete = functions.asyncllm_decoder_delete
+        self.decoder_delete.restype, self.decoder_delete.argtypes = None, [pointer]
+        self.decoder_forward = functions.asyncllm_decoder_forward
+        self.decoder_forward.argtypes = [pointer, ctypes.POINTER(Step)]
+        self.decoder_logits = functions.asyncllm_decoder_logits
+        self.decoder_logits.argtypes = [pointer, pointer, integer, pointer]
+        self.decoder_spent = functions.asyncllm_decoder_spent
+        self.decoder_spent.restype, self.decoder_spent.argtypes = None, [pointer, pointer]
+        self.argmax = functions.asyncllm_argmax
+        self.argmax.restype, self.argmax.argtypes = None, [pointer, integer, integer, pointer]
+        self.packed_bytes = functions.asyncllm_packed_bytes
+        self.packed_bytes.restype, self.packed_bytes.argtypes = ctypes.c_int64, [integer, integer, integer]
+        self.pack = functions.asyncllm_pack
+        self.pack.restype, self.pack.argtypes = None, [integer, pointer, integer, integer, pointer]
+
+
+def sources_digest() -> str:
+    """Of the C++ beside this file; setup.py works out the same."""
+    files = sorted(file for file in Path(__file__).parent.iterdir() if file.suffix in (".cpp", ".h"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def build_file(name: str) -> Path | None:
+    """A build's file in the package; None where it was not built."""
+    directory = Path(__file__).parent
+    files = (directory / f"_{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
+
+
+def open_build(name: str) -> Library:
+    """One build, which this processor must be able to run. Raises OSError where it is not there or is another one's."""
+    file = build_file(name)
+    if file is None:
+        raise OSError("the native kernels were not built: install the package where a C++ compiler is")
+    return Library(file, next(description for build, _, description in BUILDS if build == name))
+
+
+@cache
+def find_library(flags: frozenset[str]) -> Library | str:
+    """The best build for a processor with these flags, or why there is none, in a few words."""
+    name = next((name for name, needed, _ in BUILDS if needed <= flags), None)
+    if name is None:
+        return "no build for this processor"
+    try:
+        return open_build(name)
+    except OSError as error:
+        return str(error)
+
+
+def why_not(architecture: ModelArchitecture, block_size: int) -> str:
+    """What keeps a model from running on these kernels, in a few words; empty where nothing does."""
+    a = architecture
+    if a.experts is not None:
+        return "the model has experts"
+    sizes = (a.hidden_size, a.intermediate_size, a.head_dim)
+    if any(size % ROW_MULTIPLE for size in sizes) or a.head_dim > MAX_HEAD_DIM:
+        return f"not all of hidden size, intermediate size and head size {sizes} are multiples of {ROW_MULTIPLE}"
+    if block_size % PAGE:
+        return f"cache.block_size is not a multiple of {PAGE}"
+    return ""

@@ -1,0 +1,310 @@
+// Weights, and their products with rows of activations.
+//
+// A matrix [n, k] lies in groups of 16 outputs, each in blocks of 32 inputs, so that a product reads it from end to end
+// and each of a vector's 16 lanes is one output. What a group has of one block of inputs, by kind:
+//
+//   BFLOAT16  [16 pairs of inputs][16 outputs][2] bfloat16                                                1024 bytes
+//   FOUR_BIT  [16] float16 scales, [16] float16 offsets, [4 eights of inputs][16 outputs][4] bytes:         320 bytes
+//             the first four inputs of an eight in the low halves of the bytes, the others in the high ones;
+//             w = q * scale + offset, q in 0..15
+//   EIGHT_BIT [16] float32 scales, [8 fours of inputs][16 outputs][4] int8; w = q * scale                   576 bytes
+//
+// Rows meet BFLOAT16 as bfloat16; the others as int8 with a scale per block, so that the products are of integers
+// (llama.cpp's way). Most of the error that this brings is in the few blocks with a row's largest values: those of hidden
+// states have seven bits more, in a second int8. A row's result depends on that row alone, not on how many are beside it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+enum Kind : int32_t { BFLOAT16 = 0, FOUR_BIT = 1, EIGHT_BIT = 2 };
+
+constexpr int BLOCK = 32;  // inputs
+constexpr int GROUP = 16;  // outputs
+constexpr int BLOCK_BYTES[] = {1024, 320, 576};
+
+struct Matrix {
+    int32_t kind;
+    int32_t n, k;          // outputs, inputs; k a multiple of 32
+    const uint8_t *data;   // groups; the last one is filled up with zeros
+    const float *bias;     // [n], or null
+
+    int num_groups() const { return (n + GROUP - 1) / GROUP; }
+    const uint8_t *group(int g) const { return data + (size_t)g * (k / BLOCK) * BLOCK_BYTES[kind]; }
+};
+
+// Rows of k inputs each, as products of a kind take them.
+struct Rows {
+    uint16_t *values;       // BFLOAT16: [rows, k]
+    int8_t *quants;         // the others: [rows, k]
+    int8_t *fine;           // [rows, k]: x = (quants + fine / 128) * scale in blocks that are marked
+    float *scales;          // [rows, k / 32]
+    float *sums;            // [rows, k / 32]: of x
+    int32_t *totals;        // [rows, k / 32]: of quants
+    int32_t *fine_totals;   // [rows, k / 32]: of fine
+    uint8_t *marks;         // [rows / 8, k / 32, 8]: whether a row's block has `fine`
+};
+
+constexpr int MARK_ROWS = 8;
+constexpr float LARGE = 1.5f;  // times the root mean square of all blocks' largest values: a tenth of them is above
+
+inline size_t mark_place(int row, int num_blocks, int block) {
+    return ((size_t)(row / MARK_ROWS) * num_blocks + block) * MARK_ROWS + row % MARK_ROWS;
+}
+
+// Writes values [at, at + 32) of a row of k.
+inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, simd::Floats first, simd::Floats second,
+                          bool is_fine = false) {
+    using namespace simd;
+    const size_t place = (size_t)row * k + at;
+    if (kind == BFLOAT16) {
+        store_bfloat16(rows.values + place, first);
+        store_bfloat16(rows.values + place + LANES, second);
+        return;
+    }
+    const float most = largest(max(abs(first), abs(second)));
+    const float steps = is_fine ? 127.0f * 128.0f : 127.0f;
+    const Floats factor = all(most > 0 ? steps / most : 0.0f);
+    Ints low = rounded(mul(first, factor)), high = rounded(mul(second, factor));
+    const int32_t total = sum(low) + sum(high);
+    const size_t block = place / BLOCK;
+    rows.scales[block] = most / 127.0f;
+    rows.sums[block] = most / steps * (float)total;
+    rows.totals[block] = total;
+    rows.marks[mark_place(row, k / BLOCK, at / BLOCK)] = is_fine;
+    if (is_fine) {
+        const Ints low_part = over_128(low), high_part = over_128(high);
+        store_int8(rows.fine + place, minus_times_128(low, low_part));
+        store_int8(rows.fine + place + LANES, minus_times_128(high, high_part));
+        low = low_part, high = high_part;
+        rows.totals[block] = sum(low) + sum(high);
+        rows.fine_totals[block] = total - 128 * rows.totals[block];
+    }
+    store_int8(rows.quants + place, low);
+    store_int8(rows.quants + place + LANES, high);
+}
+
+// A whole row, whose largest blocks are made fine.
+inline void prepare_row(const Rows &rows, int kind, int k, int row, const float *x) {
+    using namespace simd;
+    float limit = INFINITY;
+    if (kind != BFLOAT16) {
+        float squares = 0;
+        for (int i = 0; i < k; i += BLOCK) {
+            const float most = largest(max(abs(load(x + i)), abs(load(x + i + GROUP))));
+            squares += most * most;
+        }
+        limit = LARGE * std::sqrt(squares / (float)(k / BLOCK));
+    }
+    for (int i = 0; i < k; i += BLOCK) {
+        const Floats first = load(x + i), second = load(x + i + GROUP);
+        prepare_block(rows, kind, k, row, i, first, second, largest(max(abs(first), abs(second))) > limit);
+    }
+}
+
+// Which of R rows, not beyond a multiple of 8, have `fine` in a block: a byte each.
+template <int R> inline uint64_t marked(const Rows &x, int row, int num_blocks, int block) {
+    uint64_t marks;
+    std::memcpy(&marks, x.marks + mark_place(row, num_blocks, block) - row % MARK_ROWS, sizeof marks);
+    marks >>= 8 * (row % MARK_ROWS);
+    return R == MARK_ROWS ? marks : marks & ((1ull << (8 * R % 64)) - 1);
+}
+
+alignas(64) constexpr int8_t ZEROS[BLOCK] = {};
+
+// R rows times one group of outputs: out[row * stride + output], output 0..15.
+template <int R>
+inline void multiply_four_bit(const Matrix &w, const Rows &x, int row, int g, float *out, int stride) {
+    using namespace simd;
+    const int num_blocks = w.k / BLOCK;
+    const uint8_t *at = w.group(g);
+    const int8_t *quants = x.quants + (size_t)row * w.k;
+    const int8_t *fine = x.fine + (size_t)row * w.k;
+    const float *scales = x.scales + (size_t)row * num_blocks, *sums = x.sums + (size_t)row * num_blocks;
+    Floats y[R];
+    for (int r = 0; r < R; ++r) y[r] = zero();
+    for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[FOUR_BIT]) {
+        Ints products[R];
+        for (int r = 0; r < R; ++r) products[r] = no_ints();
+        const auto add_products = [&](auto &&inputs_of) {
+            for (int eight = 0; eight < 4; ++eight) {
+                const Ints both = load_bytes(at + 64 + 64 * eight), low = low_halves(both), high = high_halves(both);
+                for (int r = 0; r < R; ++r) {
+                    const int8_t *inputs = inputs_of(r) + 8 * eight;
+                    products[r] = dot_nibbles(products[r], low, quad_at(inputs));
+                    products[r] = dot_nibbles(products[r], high, quad_at(inputs + 4));
+                }
+            }
+        };
+        add_products([&](int r) { return quants + (size_t)r * w.k + b * BLOCK; });
+        Floats scale = load_float16((const uint16_t *)at);
+        const Floats offset = load_float16((const uint16_t *)at + GROUP);
+        if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
+            // Rows that are not marked have zeros here, and what they come to stays the same to the last bit.
+            for (int r = 0; r < R; ++r) products[r] = times_128_plus(products[r], no_ints());
+            add_products([&](int r) { return marks >> (8 * r) & 1 ? fine + (size_t)r * w.k + b * BLOCK : ZEROS; });
+            scale = mul(scale, all(1.0f / 128));
+        }
+        for (int r = 0; r < R; ++r) {
+            const Floats both_scales = mul(scale, all(scales[r * num_blocks + b]));
+            y[r] = fma(both_scales, to_floats(products[r]), y[r]);
+            y[r] = fma(offset, all(sums[r * num_blocks + b]), y[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
+}
+
+template <int R>
+inline void multiply_eight_bit(const Matrix &w, const Rows &x, int row, int g, float *out, int stride) {
+    using namespace simd;
+    const int num_blocks = w.k / BLOCK;
+    const uint8_t *at = w.group(g);
+    const int8_t *quants = x.quants + (size_t)row * w.k;
+    const float *scales = x.scales + (size_t)row * num_blocks;
+    const int8_t *fine = x.fine + (size_t)row * w.k;
+    const int32_t *totals = x.totals + (size_t)row * num_blocks, *fine_totals = x.fine_totals + (size_t)row * num_blocks;
+    Floats y[R];
+    for (int r = 0; r < R; ++r) y[r] = zero();
+    for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[EIGHT_BIT]) {
+        Ints products[R];
+        for (int r = 0; r < R; ++r) products[r] = begin_signed(totals[r * num_blocks + b]);
+        const auto add_products = [&](auto &&inputs_of) {
+            for (int four = 0; four < 8; ++four) {
+                const Bytes weights = load_signed(at + 64 + 64 * four);
+                for (int r = 0; r < R; ++r) {
+                    products[r] = dot_signed(products[r], weights, quad_at(inputs_of(r) + 4 * four));
+                }
+            }
+        };
+        add_products([&](int r) { return quants + (size_t)r * w.k + b * BLOCK; });
+        Floats scale = load((const float *)at);
+        if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
+            for (int r = 0; r < R; ++r) {
+                const int32_t total = marks >> (8 * r) & 1 ? fine_totals[r * num_blocks + b] : 0;
+                products[r] = times_128_plus(products[r], begin_signed(total));
+            }
+            add_products([&](int r) { return marks >> (8 * r) & 1 ? fine + (size_t)r * w.k + b * BLOCK : ZEROS; });
+            scale = mul(scale, all(1.0f / 128));
+        }
+        for (int r = 0; r < R; ++r) {
+            y[r] = fma(mul(scale, all(scales[r * num_blocks + b])), to_floats(products[r]), y[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
+}
+
+template <int R>
+inline void multiply_bfloat16(const Matrix &w, const Rows &x, int row, int g, float *out, int stride) {
+    using namespace simd;
+    const uint8_t *at = w.group(g);
+    const uint16_t *values = x.values + (size_t)row * w.k;
+    Floats y[R];
+    for (int r = 0; r < R; ++r) y[r] = zero();
+    for (int i = 0; i < w.k; i += 2, at += 64) {
+        const Ints weights = load_bytes(at);
+        for (int r = 0; r < R; ++r) y[r] = dot_bfloat16(y[r], weights, pair_at(values + (size_t)r * w.k + i));
+    }
+    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
+}
+
+template <int R> inline void multiply_tile(const Matrix &w, const Rows &x, int row, int g, float *out, int stride) {
+    switch (w.kind) {
+    case FOUR_BIT: return multiply_four_bit<R>(w, x, row, g, out, stride);
+    case EIGHT_BIT: return multiply_eight_bit<R>(w, x, row, g, out, stride);
+    default: return multiply_bfloat16<R>(w, x, row, g, out, stride);
+    }
+}
+
+// Up to TILE_ROWS rows times one group of outputs.
+inline void multiply(const Matrix &w, const Rows &x, int row, int num_rows, int g, float *out, int stride) {
+    const auto some = [&]<int R>() {
+        multiply_tile<R>(w, x, row, g, out, stride);
+        row += R, num_rows -= R, out += (size_t)R * stride;
+    };
+    if constexpr (simd::TILE_ROWS >= 8) {
+        if (num_rows >= 8) return some.template operator()<8>();
+        if (num_rows >= 4) some.template operator()<4>();
+    }
+    if (num_rows >= 2) some.template operator()<2>();
+    if (num_rows >= 1) some.template operator()<1>();
+}
+
+// Adds the bias of a group to what `multiply` left.
+inline void add_bias(const Matrix &w, int num_rows, int g, float *out, int stride) {
+    if (!w.bias) return;
+    const int first = g * GROUP, num_outputs = std::min(GROUP, w.n - first);
+    for (int r = 0; r < num_rows; ++r) {
+        for (int i = 0; i < num_outputs; ++i) out[(size_t)r * stride + i] += w.bias[first + i];
+    }
+}
+
+// One row of weights as floats: what an embedding looks up. k values.
+inline void read_row(const Matrix &w, int row, float *to) {
+    const int lane = row % GROUP;
+    const uint8_t *at = w.group(row / GROUP);
+    for (int b = 0; b < w.k / BLOCK; ++b, at += BLOCK_BYTES[w.kind], to += BLOCK) {
+        switch (w.kind) {
+        case FOUR_BIT: {
+            float scales[GROUP], offsets[GROUP];
+            simd::store(scales, simd::load_float16((const uint16_t *)at));
+            simd::store(offsets, simd::load_float16((const uint16_t *)at + GROUP));
+            for (int i = 0; i < BLOCK; ++i) {
+                const uint8_t both = at[64 + 64 * (i / 8) + 4 * lane + i % 4];
+                to[i] = (float)(i % 8 < 4 ? both & 15 : both >> 4) * scales[lane] + offsets[lane];
+            }
+            break;
+        }
+        case EIGHT_BIT:
+            for (int i = 0; i < BLOCK; ++i) {
+                to[i] = (float)(int8_t)at[64 + 64 * (i / 4) + 4 * lane + i % 4] * ((const float *)at)[lane];
+            }
+            break;
+        default:
+            for (int i = 0; i < BLOCK; ++i) {
+                to[i] = simd::bfloat16_to_float(((const uint16_t *)at)[32 * (i / 2) + 2 * lane + i % 2]);
+            }
+        }
+    }
+}
+
+// How rows come from a file: a type of ggml's, or plain bfloat16.
+enum Stored : int32_t { PLAIN_BFLOAT16 = 0, Q4_0 = 1, Q4_1 = 2, Q8_0 = 3 };
+
+inline uint16_t times_minus_eight(uint16_t float16) {
+    const float value = _cvtsh_ss(float16);
+    return (uint16_t)_cvtss_sh(-8.0f * value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// Fills one group of a matrix [n, k] from rows as stored, one behind the other. Outputs behind the last row are zero.
+inline void pack_group(int stored, const uint8_t *rows, int n, int k, int g, uint8_t *to) {
+    constexpr int STORED_BYTES[] = {64, 18, 20, 34};  // of 32 inputs
+    const size_t row_bytes = (size_t)(k / BLOCK) * STORED_BYTES[stored];
+    const int kind = stored == PLAIN_BFLOAT16 ? BFLOAT16 : stored == Q8_0 ? EIGHT_BIT : FOUR_BIT;
+    const int num_lanes = std::min(GROUP, n - g * GROUP);
+    for (int b = 0; b < k / BLOCK; ++b, to += BLOCK_BYTES[kind]) {
+        std::memset(to, 0, BLOCK_BYTES[kind]);
+        for (int lane = 0; lane < num_lanes; ++lane) {
+            const uint8_t *from = rows + (size_t)(g * GROUP + lane) * row_bytes + (size_t)b * STORED_BYTES[stored];
+            uint16_t scale;
+            std::memcpy(&scale, from, 2);
+            if (stored == PLAIN_BFLOAT16) {
+                for (int i = 0; i < BLOCK; i += 2) std::memcpy(to + 64 * (i / 2) + 4 * lane, from + 2 * i, 4);
+            } else if (stored == Q8_0) {
+                ((float *)to)[lane] = _cvtsh_ss(scale);
+                for (int i = 0; i < BLOCK; i += 4) std::memcpy(to + 64 + 64 * (i / 4) + 4 * lane, from + 2 + i, 4);
+            } else {
+                uint16_t offset = times_minus_eight(scale);
+                if (stored == Q4_1) std::memcpy(&offset, from + 2, 2);
+                ((uint16_t *)to)[lane] = scale;
+                ((uint16_t *)to)[GROUP + lane] = offset;
+                const uint8_t *halves = from + (stored == Q4_1 ? 4 : 2);  // inputs i and i + 16 in byte i
+                for (int i = 0; i < BLOCK; ++i) {
+                    const int quant = i < 16 ? halves[i] & 15 : halves[i - 16] >> 4;
+                    to[64 + 64 * (i / 8) + 4 * lane + i % 4] |= (uint8_t)(i % 8 < 4 ? quant : quant << 4);
+                }
+            }
+        }
+    }
+}

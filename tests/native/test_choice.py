@@ -1,0 +1,201 @@
+"""Which models run on the native kernels, and what a server says where they do not."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from gguf import GGMLQuantizationType as Kind
+
+from asyncllm import LLM
+from asyncllm.config import CacheConfig, Config, ExecutorConfig, ModelConfig, SchedulerConfig
+from asyncllm.errors import StartupError
+from asyncllm.executor import build_native, host
+from asyncllm.executor.build import build_executor
+from asyncllm.executor.torch_executor import TorchExecutor
+from asyncllm.models.decoder import DecoderForCausalLM
+from asyncllm.native import library as c
+from asyncllm.native.decoder import NativeDecoder
+from asyncllm.native.library import BUILDS, Library, find_library
+from asyncllm.weights.checkpoint import open_checkpoint
+from tests.executor.adapted import AdaptedModel
+from tests.weights.tiny import llama, save_gguf, save_llama
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+NOT_BUILT = "the native kernels were not built: install the package where a C++ compiler is"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    save_llama(directory, vocab_size=259, **SIZES)
+    return directory
+
+
+def config(directory: Path, block_size: int = 16, backend: str = "auto", dtype: str = "bfloat16") -> Config:
+    return Config(
+        model=ModelConfig(path=str(directory), device="cpu", dtype=dtype),  # type: ignore[arg-type]
+        cache=CacheConfig(num_blocks=32, block_size=block_size),
+        scheduler=SchedulerConfig(max_sequences=4, max_batched_tokens=64),
+        executor=ExecutorConfig(threads=1, attention_backend=backend),  # type: ignore[arg-type]
+    )
+
+
+def built(config: Config) -> TorchExecutor:
+    executor = build_executor(config, open_checkpoint(config.model.path), lambda phase: None)
+    assert isinstance(executor, TorchExecutor)
+    return executor
+
+
+def test_a_model_that_can_runs_on_them(directory: Path, best_library: Library) -> None:
+    for backend in ("auto", "native"):
+        executor = built(config(directory, backend=backend))
+        assert isinstance(executor.model, NativeDecoder)
+        assert executor.facts["kernels"] == f"native, {best_library.description}"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"block_size": 8}, "cache.block_size is not a multiple of 16"),
+        ({"dtype": "float32"}, "the model's dtype is float32"),
+    ],
+)
+def test_what_they_cannot_runs_on_torch_and_is_refused_by_name(
+    directory: Path, best_library: Library, change: dict[str, Any], reason: str
+) -> None:
+    executor = built(config(directory, **change))
+    assert isinstance(executor.model, DecoderForCausalLM)
+    assert executor.facts["kernels"] == f"torch: {reason}"
+    with pytest.raises(StartupError) as caught:
+        built(config(directory, backend="native", **change))
+    assert caught.value.message == (
+        f"executor.attention_backend = native cannot run this model: {reason}; set it to auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"hidden_size": 48},
+            "hidden size, intermediate size and head size (48, 96, 32) are multiples of 32",
+        ),
+        ({"intermediate_size": 80}, "(64, 80, 32) are multiples of 32"),
+        ({"head_dim": 48}, "(64, 96, 48) are multiples of 32"),
+        ({"head_dim": 544}, "(64, 96, 544)"),
+        ({"family": "qwen3_moe"}, "the model has experts"),
+    ],
+)
+def test_models_of_other_shapes_are_not_for_them(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    save_llama(tmp_path, **{**SIZES, **change})
+    architecture = msgspec.structs.replace(open_checkpoint(str(tmp_path)).architecture, dtype="bfloat16")
+    found = build_native.find_native(config(tmp_path), architecture, on_gpu=False)
+    assert isinstance(found, str) and reason in found
+
+
+def test_torch_by_name_is_torch(directory: Path) -> None:
+    executor = built(config(directory, backend="torch"))
+    assert isinstance(executor.model, DecoderForCausalLM)
+    assert executor.facts["kernels"] == "torch: executor.attention_backend = torch"
+
+
+def test_a_gpu_and_adapters_are_not_for_them(directory: Path, tmp_path: Path) -> None:
+    architecture = open_checkpoint(str(directory)).architecture
+    assert build_native.find_native(config(directory), architecture, on_gpu=True) == "on a GPU"
+    with pytest.raises(StartupError, match="native cannot run this model: on a GPU; set it to auto"):
+        build_native.find_native(config(directory, backend="native"), architecture, on_gpu=True)
+    adapted = msgspec.structs.replace(config(tmp_path), lora=AdaptedModel(tmp_path, **SIZES).lora)
+    executor = built(adapted)
+    assert executor.facts["kernels"] == "torch: lora.adapters are there"
+    assert isinstance(executor.model, DecoderForCausalLM)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [(frozenset(), "no build for this processor"), (frozenset({"avx2", "fma", "f16c", "of a test"}), NOT_BUILT)],
+    ids=["no AVX2", "no compiler"],
+)
+def test_without_a_library_there_is_torch(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, flags: frozenset[str], reason: str
+) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda root=None: flags)
+    monkeypatch.setattr(c, "build_file", lambda name: None)
+    executor = built(config(directory))
+    assert isinstance(executor.model, DecoderForCausalLM)
+    assert executor.facts["kernels"] == f"torch: {reason}"
+    with pytest.raises(StartupError, match=re.escape(f"native cannot run this model: {reason}; set it to auto")):
+        built(config(directory, backend="native"))
+
+
+def test_the_best_build_for_a_processor_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(c, "open_build", lambda name: name)
+    for name, needed, _ in BUILDS:
+        assert find_library(frozenset(needed | {"of another test"})) == name
+        for flag in needed & {"avx512_bf16", "avx512_vnni", "avx2"}:
+            assert find_library(frozenset(needed - {flag} | {"of another test"})) != name
+
+
+@pytest.mark.parametrize(
+    "digest", ['const char *asyncllm_sources(void) { return "0123456789abcdef"; }', "int another;"]
+)
+def test_a_library_of_other_sources_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, file = tmp_path / "other.c", tmp_path / "other.so"
+    source.write_text(f"{digest}\n")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", file], check=True, timeout=60)
+    refusal = "other.so was built from other sources: install the package again"
+    with pytest.raises(OSError) as caught:
+        Library(file, "another one's")
+    assert str(caught.value) == refusal
+    monkeypatch.setattr(c, "build_file", lambda name: file)
+    assert find_library(frozenset({"avx2", "fma", "f16c", "of a third test", digest})) == refusal
+
+
+def test_a_file_that_is_no_library_is_a_reason_for_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.so").write_bytes(b"not one")
+    monkeypatch.setattr(c, "build_file", lambda name: tmp_path / "broken.so")
+    found = find_library(frozenset({"avx2", "fma", "f16c", "of a fourth test"}))
+    assert isinstance(found, str) and "broken.so" in found and "\n" not in found
+
+
+def test_memory_of_the_weights_is_about_what_was_said(directory: Path, best_library: Library) -> None:
+    checkpoint = open_checkpoint(str(directory))
+    asked = config(directory)
+    executor = built(asked)
+    assert isinstance(executor.model, NativeDecoder)
+    # All but the few biases and norms are packed, the head in whole groups of 16 outputs.
+    said = build_native.native_weight_bytes(asked, checkpoint)
+    assert 0.95 * said < executor.model.num_bytes < 1.05 * said
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0, Kind.Q5_0])
+def test_memory_of_blocks_is_about_what_was_said(tmp_path: Path, best_library: Library, kind: Kind) -> None:
+    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **SIZES), kind)
+    executor, checkpoint = built(config(tmp_path)), open_checkpoint(str(tmp_path))
+    assert isinstance(executor.model, NativeDecoder)
+    said = build_native.native_weight_bytes(config(tmp_path), checkpoint)
+    assert 0.85 * said < executor.model.num_bytes < 1.15 * said
+
+
+def test_eight_prompts_have_the_greedy_tokens_together_that_they_have_alone(best_library: Library) -> None:
+    prompts = [
+        "The capital of France is", "Once upon a time", "Water boils at", "def add(a, b):", "One, two, three,",
+        "The sea was calm when the boat left the harbour in the morning, and the fishermen hoped that", "My name is",
+        "Rome was not built in a day. " * 5,
+    ]  # fmt: skip
+    options = {"max_context_length": 256, "num_blocks": 64, "max_sequences": 8, "max_batched_tokens": 48, "threads": 2}
+    with LLM("smollm2-135m-instruct", **options) as llm:
+        assert llm.facts["kernels"] == f"native, {best_library.description}"
+        limits = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True}
+        together = [output.choices[0].token_ids for output in llm.generate(prompts, **limits)]
+        alone = [llm.generate(prompt, **limits)[0].choices[0].token_ids for prompt in prompts]
+    assert together == alone and len({tuple(tokens) for tokens in together}) == 8
+    assert all(len(tokens) == 10 for tokens in together)
