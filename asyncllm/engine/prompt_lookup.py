@@ -15,6 +15,7 @@ MAX_INDEXED = 2048
 # What a row with drafts costs beside its draft tokens, in tokens: attention of its own, and more that is sampled.
 ROW_COST_TOKENS = 2
 MEMORY = 8  # rows after which a gain has lost most of its weight
+HOPE = 0.8  # share of drafts that is taken to be right until some were verified
 
 
 class PromptLookup:
@@ -102,17 +103,19 @@ class Drafter:
         self._balance_tokens = balance_tokens
         # Whose last token must be on the host before it is planned misses a step of a device that runs ahead.
         self._miss = float(depth - 1)
-        self._gain = 1.0  # per row, on average: hopeful to begin with
+        self._gain: float | None = None  # per row, on average
         self._guess: list[int] = []  # what is compared while it does not pay
         self._guessed_at = 0
 
     @property
     def pays(self) -> bool:
         """Whether drafts save more than they cost."""
-        return self._gain >= 0.0 or not self._auto_off
+        return self._gain is None or self._gain >= 0.0 or not self._auto_off
 
     def draft(self, num_running: int) -> list[int]:  # hot: once per committed row
         """What may come next, once more tokens are known; empty where that is not known, or does not pay."""
+        if self._gain is None:  # beside many others a few wrong drafts cost more than short answers ever win back
+            self._gain = min(1.0, HOPE * self._num_tokens - self._cost(self._num_tokens, num_running))
         if self._guess:
             known = self._tokens[self._guessed_at : self._guessed_at + len(self._guess)].tolist()
             num_right = count_right(self._guess, known)
@@ -130,12 +133,16 @@ class Drafter:
 
     def observe(self, num_drafts: int, num_right: int, num_running: int) -> None:
         """A row's drafts were verified while so many sequences ran."""
-        cost = (num_drafts + ROW_COST_TOKENS) * num_running / (num_running + self._balance_tokens)
-        self._average(num_right - cost - self._miss)
+        self._average(num_right - self._cost(num_drafts, num_running) - self._miss)
+
+    def _cost(self, num_drafts: int, num_running: int) -> float:
+        """Of a row with drafts, in tokens that such a step makes."""
+        return (num_drafts + ROW_COST_TOKENS) * num_running / (num_running + self._balance_tokens)
 
     def _average(self, gain: float) -> None:
         if gain:  # a row that finds nothing and misses nothing says nothing
-            self._gain += (gain - self._gain) / MEMORY
+            before = 1.0 if self._gain is None else self._gain
+            self._gain = before + (gain - before) / MEMORY
 
 
 def count_right(draft: list[int], sampled: list[int]) -> int:

@@ -11,9 +11,9 @@ import msgspec
 
 from asyncllm.types import Capacity, Floats, SamplingParams, TokenLogprobs
 
-# `Executor.balance_tokens`. Steps of a 135M model in bfloat16 on 2 cores, 200 tokens of context, one row: 24 ms for a
-# token, 29 for 5, 37 for 9, 49 for 17, as if reading the weights cost what 16 tokens do. A GPU has some 300 operations
-# for each byte it reads and needs 2 for each of a bfloat16 weight; this one is not measured.
+# `Executor.balance_tokens` of torch. Steps of a 135M model in bfloat16 on 2 cores, 200 tokens of context, one row:
+# 24 ms for a token, 29 for 5, 37 for 9, 49 for 17, as if reading the weights cost what 16 tokens do. A GPU has some 300
+# operations for each byte it reads and needs 2 for each of a bfloat16 weight; this one is not measured.
 CPU_BALANCE_TOKENS, GPU_BALANCE_TOKENS = 16, 256
 # `Executor.most_prompt_tokens` on a CPU. The kernels compute a prompt of 256 tokens as fast per token as one of 2048.
 CPU_PROMPT_TOKENS = 256

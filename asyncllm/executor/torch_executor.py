@@ -93,7 +93,8 @@ class TorchExecutor:
         self.capacity = capacity
         self.facts = facts
         self.most_prompt_tokens = CPU_PROMPT_TOKENS if device.type == "cpu" else sys.maxsize
-        self.balance_tokens = CPU_BALANCE_TOKENS if device.type == "cpu" else GPU_BALANCE_TOKENS
+        on_torch = CPU_BALANCE_TOKENS if device.type == "cpu" else GPU_BALANCE_TOKENS
+        self.balance_tokens: int = getattr(model, "balance_tokens", on_torch)
         self._device = device
         self._adapters = adapters
         shape = (2, capacity.num_blocks, architecture.num_kv_heads, capacity.block_size, architecture.head_dim)

@@ -27,7 +27,7 @@ def draw(medians: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str, pat
 
     matplotlib.use("Agg")  # files alone: a bench has no screen
     from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     panels = {"output_tokens_per_s": "output tokens/s", "ttft_p50_s": "time to first token, s (median)"}
     figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 4.5))
@@ -43,6 +43,7 @@ def draw(medians: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str, pat
         axis.set(xscale="log", yscale="log", xlabel="streams at once", ylabel=label)
         axis.set_xticks(sorted(streams), labels=[str(count) for count in sorted(streams)])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
