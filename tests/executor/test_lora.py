@@ -31,7 +31,13 @@ class Run(Harness):
         self.phases: list[str] = []
         self.real = build_executor(config, open_checkpoint(config.model.path), self.phases.append)
         self.executor = self.real  # type: ignore[assignment]
-        self.scheduler = Scheduler(self.real.capacity, config.scheduler, config.cache, clock=lambda: 42.0)
+        self.scheduler = Scheduler(
+            self.real.capacity,
+            config.scheduler,
+            config.cache,
+            clock=lambda: 42.0,
+            balance_tokens=self.real.balance_tokens,
+        )
         self.in_flight = deque()
 
 
