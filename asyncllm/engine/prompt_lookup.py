@@ -86,6 +86,7 @@ class Drafter:
         "_gain",
         "_guess",
         "_guessed_at",
+        "_is_new",
         "_lookup",
         "_miss",
         "_num_tokens",
@@ -103,19 +104,21 @@ class Drafter:
         self._balance_tokens = balance_tokens
         # Whose last token must be on the host before it is planned misses a step of a device that runs ahead.
         self._miss = float(depth - 1)
-        self._gain: float | None = None  # per row, on average
+        self._gain = 1.0  # per row, on average; begins with what is hoped for, but not above this
+        self._is_new = True  # until the first draft tells how many run beside it
         self._guess: list[int] = []  # what is compared while it does not pay
         self._guessed_at = 0
 
     @property
     def pays(self) -> bool:
         """Whether drafts save more than they cost."""
-        return self._gain is None or self._gain >= 0.0 or not self._auto_off
+        return self._gain >= 0.0 or not self._auto_off
 
     def draft(self, num_running: int) -> list[int]:  # hot: once per committed row
         """What may come next, once more tokens are known; empty where that is not known, or does not pay."""
-        if self._gain is None:  # beside many others a few wrong drafts cost more than short answers ever win back
-            self._gain = min(1.0, HOPE * self._num_tokens - self._cost(self._num_tokens, num_running))
+        if self._is_new:  # beside many others a few wrong drafts cost more than short answers ever win back
+            self._is_new = False
+            self._gain = min(self._gain, HOPE * self._num_tokens - self._cost(self._num_tokens, num_running))
         if self._guess:
             known = self._tokens[self._guessed_at : self._guessed_at + len(self._guess)].tolist()
             num_right = count_right(self._guess, known)
@@ -141,8 +144,7 @@ class Drafter:
 
     def _average(self, gain: float) -> None:
         if gain:  # a row that finds nothing and misses nothing says nothing
-            before = 1.0 if self._gain is None else self._gain
-            self._gain = before + (gain - before) / MEMORY
+            self._gain += (gain - self._gain) / MEMORY
 
 
 def count_right(draft: list[int], sampled: list[int]) -> int:
