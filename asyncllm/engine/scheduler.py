@@ -167,9 +167,12 @@ class Scheduler:
                 self._schedule_draft(sequence, len(running) - index, builder)
                 continue
             # Everyone behind keeps one token of the budget: a long prompt does not hold up those who decode.
-            budget = builder.budget - (len(running) - index)
-            budget = min(budget, builder.prompt_budget)
-            num_new = min(len(sequence.tokens) - sequence.num_computed_tokens, budget, chunk_limit)
+            num_new = min(
+                len(sequence.tokens) - sequence.num_computed_tokens,
+                builder.budget - (len(running) - index),
+                builder.prompt_budget,
+                chunk_limit,
+            )
             if num_new > 0 and self._reserve(sequence, sequence.num_computed_tokens + num_new, builder):
                 builder.add_prefill(sequence, num_new)
             self._num_promised_blocks += self._num_missing_blocks(sequence)
