@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.checkpoint import default_directory
+from perf.gguf_file import write_and_close
 
 
 def bfloat16_gguf(source: Path) -> Path:
@@ -41,7 +42,4 @@ def write_bfloat16(source: Path, target: Path) -> None:
         kind = wide if len(tensor.shape) > 1 else kept
         data = gguf.quantize(values.reshape([int(n) for n in reversed(tensor.shape)]), kind)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)

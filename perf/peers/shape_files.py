@@ -7,12 +7,12 @@ from typing import Any
 
 from asyncllm.models.config import ModelArchitecture
 from perf.checkpoint import default_directory
-from perf.gpu_check.models import NUM_BYTES, synthetic_tokenizer
+from perf.gguf_file import add_sizes, add_vocabulary, write_and_close
+from perf.gpu_check.models import NUM_BYTES, hugging_face_config, synthetic_tokenizer
 
 KINDS = ("bf16", "q4_0", "q4_1")  # of a file's matrices
 STD = 0.02  # as models are initialised for training: activations neither vanish nor overflow
-MERGED = "ĠĠ"  # the last token, the one that is merged of others
-CONTROL, NORMAL = 3, 1  # of tokenizer.ggml.token_type
+MERGED = "ĠĠ"  # the writer leaves out an empty list of merges, and llama.cpp wants one
 
 
 def shape_file(name: str, shapes: ModelArchitecture, kind: str) -> Path:
@@ -42,10 +42,7 @@ def write_random(target: Path, shapes: ModelArchitecture, kind: str) -> None:
             continue
         drawn = numpy.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, numpy.float32)
         writer.add_tensor(name, gguf.quantize(drawn * numpy.float32(STD), wanted), raw_dtype=wanted)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
 
 
 def tensors(shapes: ModelArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -75,22 +72,11 @@ def tensors(shapes: ModelArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _write_facts(writer: Any, shapes: ModelArchitecture) -> None:
-    writer.add_block_count(shapes.num_layers)
-    writer.add_context_length(shapes.max_position)
-    writer.add_embedding_length(shapes.hidden_size)
-    writer.add_feed_forward_length(shapes.intermediate_size)
-    writer.add_head_count(shapes.num_heads)
-    writer.add_head_count_kv(shapes.num_kv_heads)
+    add_sizes(writer, hugging_face_config(shapes))
     writer.add_key_length(shapes.head_dim)
     writer.add_value_length(shapes.head_dim)
-    writer.add_layer_norm_rms_eps(shapes.rms_norm_eps)
     writer.add_rope_freq_base(shapes.rope_theta)
     # Nobody reads a text, but no program opens a model without a vocabulary.
-    by_id = sorted((index, token) for token, index in synthetic_tokenizer(shapes.vocab_size).get_vocab().items())
-    tokens = [token for _, token in by_id[:-1]] + [MERGED]
-    writer.add_tokenizer_model("gpt2")
+    add_vocabulary(writer, synthetic_tokenizer(shapes.vocab_size), MERGED)
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([CONTROL if index == NUM_BYTES else NORMAL for index, _ in by_id])
-    writer.add_token_merges([" ".join(MERGED)])  # the writer leaves out an empty list, and llama.cpp wants one
     writer.add_eos_token_id(NUM_BYTES)

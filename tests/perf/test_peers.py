@@ -17,6 +17,7 @@ import pytest
 from perf import load, servers
 from perf.client import RequestOptions
 from perf.facts import Memory
+from perf.gguf_file import write_and_close
 from perf.load import summarise
 from perf.peers import __main__ as command
 from perf.peers import bench, picture, recipes, workloads
@@ -452,10 +453,7 @@ def test_matrices_become_bfloat16_and_everything_else_stays(tmp_path: Path) -> N
     packed = gguf.quantize(matrix, gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("output.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("output_norm.weight", np.full(64, 1.001, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     write_bfloat16(tmp_path / "a.gguf", tmp_path / "b.gguf")
     found = gguf.GGUFReader(tmp_path / "b.gguf")
     tensors = {tensor.name: tensor for tensor in found.tensors}

@@ -8,6 +8,7 @@ import numpy
 import torch
 from gguf import MODEL_ARCH
 
+from perf.gguf_file import add_sizes, add_vocabulary, write_and_close
 from tests.weights.tiny import permute, tiny_tokenizer
 
 ARCHITECTURES = {
@@ -34,7 +35,9 @@ def write_converted(path: Path, family: str, model: Any) -> None:
         _gpt2_keys(writer, config)
     else:
         _keys(writer, family, config)
-    _vocabulary(writer)
+    add_vocabulary(writer, tiny_tokenizer())
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, tensor in _tensors(family, model):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -42,20 +45,11 @@ def write_converted(path: Path, family: str, model: Any) -> None:
         writer.add_tensor(stored, numpy.ascontiguousarray(tensor.numpy()))
     for name, factors in _rope_factors(family, model).items():
         writer.add_tensor(name, numpy.asarray(factors, numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
 
 
 def _keys(writer: gguf.GGUFWriter, family: str, config: Any) -> None:
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_sizes(writer, config.to_dict())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
     if family == "phi3":
@@ -94,16 +88,6 @@ def _gpt2_keys(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_head_count(config.n_head)
     writer.add_context_length(config.n_positions)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
-
-
-def _vocabulary(writer: gguf.GGUFWriter) -> None:
-    vocabulary = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if index < 3 else 1 for _, index in vocabulary])
-    writer.add_token_merges([])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
 
 
 def _tensors(family: str, model: Any) -> Any:

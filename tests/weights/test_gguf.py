@@ -18,6 +18,7 @@ from asyncllm.weights.base import BlockCheckpoint
 from asyncllm.weights.checkpoint import open_checkpoint
 from asyncllm.weights.gguf_header import read_header
 from asyncllm.weights.loader import load_model
+from perf.gguf_file import write_and_close
 from tests.models.paged import PagedRunner
 from tests.weights.converted import write_converted
 from tests.weights.tiny import llama, save_gguf
@@ -140,10 +141,7 @@ def test_what_is_not_served_is_named(tmp_path: Path, extra: dict[str, object], w
 def test_another_architecture_is_refused_with_those_served(tmp_path: Path) -> None:
     path = tmp_path / "mamba.gguf"
     writer = gguf.GGUFWriter(path, "mamba")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     assert_refused(path, "architecture mamba is not served; served: llama")
 
 

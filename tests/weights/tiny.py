@@ -11,6 +11,8 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 
+from perf.gguf_file import add_vocabulary, write_and_close
+
 TINY = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -134,11 +136,7 @@ def save_gguf(
     }
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    vocabulary = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if index < 3 else 1 for _, index in vocabulary])
-    writer.add_token_merges([])
+    add_vocabulary(writer, tiny_tokenizer())
     for key, value in values.items():
         if key not in leave_out:
             (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
@@ -160,8 +158,5 @@ def save_gguf(
             pairs = read.reshape(num_heads, -1, 2, *read.shape[1:]).swapaxes(1, 2)
             read = pairs.reshape(read.shape)
         expected[name] = read
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     return expected
