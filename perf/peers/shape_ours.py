@@ -4,7 +4,6 @@ A process of its own for each round, as llama-bench is. Prints one JSON line. Kn
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from asyncllm.executor.build import build_executor
 from asyncllm.types import SamplingParams
 from asyncllm.weights.checkpoint import open_checkpoint
 from perf.gpu_check.models import NUM_BYTES
+from perf.peers import shape_turn
+from perf.peers.shape_turn import WARM_STEPS
 from perf.profile_step import decode_plan
-
-WARM_STEPS = 3
 
 
 def measure(
@@ -76,14 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m perf.peers.shape_ours", description="Our executor on a GGUF file.")
     parser.add_argument("file")
-    parser.add_argument("--rows", default="1,8,32")
-    parser.add_argument("--context", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    args = parser.parse_args(argv)
-    rows = [int(part) for part in args.rows.split(",")]
-    print(json.dumps(measure(args.file, rows, args.context, args.steps, args.prompt_tokens)))
-    return 0
+    return shape_turn.main(
+        parser, lambda args: measure(args.file, args.rows, args.context, args.steps, args.prompt_tokens), argv
+    )
 
 
 if __name__ == "__main__":

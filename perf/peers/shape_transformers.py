@@ -1,7 +1,7 @@
 """The bare loop of `transformers` on a shape: `python -m perf.peers.shape_transformers`, config.json on its input.
 
 Weights are random, in bfloat16. Prefill, then one forward pass and one argmax a step: `generate()` can only be slower.
-Prints one JSON line. Runs in the peer's own environment: knows torch and transformers, and nothing of this checkout.
+Prints one JSON line. Runs in the peer's own environment: knows torch, transformers and, of this checkout, `shape_turn`.
 """
 
 import argparse
@@ -11,7 +11,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-WARM_STEPS = 3
+from perf.peers import shape_turn
+from perf.peers.shape_turn import WARM_STEPS
+
 NUM_BYTES = 256  # token ids that every vocabulary has
 
 
@@ -58,14 +60,11 @@ def _decode_s(model: Any, rows: int, context: int, steps: int) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m perf.peers.shape_transformers", description="transformers' loop.")
-    parser.add_argument("--rows", default="1,8,32")
-    parser.add_argument("--context", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    args = parser.parse_args(argv)
-    rows = [int(part) for part in args.rows.split(",")]
-    print(json.dumps(measure(json.load(sys.stdin), rows, args.context, args.steps, args.prompt_tokens)))
-    return 0
+    return shape_turn.main(
+        parser,
+        lambda args: measure(json.load(sys.stdin), args.rows, args.context, args.steps, args.prompt_tokens),
+        argv,
+    )
 
 
 if __name__ == "__main__":
