@@ -1,14 +1,5 @@
-"""One torch thread for this folder: on a busy machine two that wait for each other take several times as long."""
+"""One torch thread for this folder."""
 
-from collections.abc import Iterator
+from tests.one_thread import one_thread
 
-import pytest
-import torch
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+__all__ = ["one_thread"]

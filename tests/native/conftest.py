@@ -1,12 +1,12 @@
-"""Every build of the native kernels that this processor can run."""
-
-from collections.abc import Iterator
+"""Every build of the native kernels that this processor can run; one torch thread."""
 
 import pytest
-import torch
 
 from asyncllm.executor.host import cpu_flags
 from asyncllm.native.library import BUILDS, Library, open_build
+from tests.one_thread import one_thread
+
+__all__ = ["best_library", "library", "one_thread"]
 
 
 @pytest.fixture(scope="session", params=BUILDS, ids=lambda build: build[0])
@@ -26,11 +26,3 @@ def best_library() -> Library:
     if name is None:
         pytest.skip("no build for this processor")
     return open_build(name)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
