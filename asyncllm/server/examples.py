@@ -145,7 +145,7 @@ TOKENIZE: Examples = {
     "a text": {"prompt": "The capital of France", "return_token_strs": True},
     "a conversation": {"messages": QUESTION, "add_generation_prompt": True},
 }
-DETOKENIZE: Examples = {"token ids": {"tokens": [72, 101, 108]}}
+DETOKENIZE: Examples = {"token ids": {"tokens": [64, 81, 98, 89, 99]}}
 APPLY_TEMPLATE: Examples = {"a conversation": {"messages": QUESTION}}
 
 ABORT: Examples = {"an answer's id": {"request_id": "chatcmpl-1"}}

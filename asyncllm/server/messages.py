@@ -70,8 +70,13 @@ async def count_tokens(request: web.Request) -> web.StreamResponse:
 
 def error_body(error: AsyncLLMError) -> dict[str, Any]:
     """Anthropic's error object."""
-    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    return messages_error(error.status, error.message)
+
+
+def messages_error(status: int, message: str) -> dict[str, Any]:
+    """The same of its parts."""
+    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 # --- the way in ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from asyncllm import __version__
+from asyncllm.server.messages import messages_error
 from asyncllm.server.replies import ErrorBody, ErrorDetail, encode_json
 from asyncllm.server.routes import Access, Route, routes_of
 from asyncllm.server.states import HONOURED, note, state
@@ -60,7 +61,7 @@ ERRORS = {
     ),
     503: (
         "The model is loading, the server is shutting down, or its engine died.",
-        ErrorDetail("The model is loading: weights.", "server_error", None, "not_ready"),
+        ErrorDetail("The model is loading: load weights.", "server_error", None, "not_ready"),
     ),
     504: (
         "Nothing was generated within the request's timeout.",
@@ -168,7 +169,8 @@ def responses(route: Route) -> Json:
         made = {"302": {"description": f"Leads to {route.leads_to}.", "headers": headers | {"Location": LOCATION}}}
     if route.unwell:
         retry = {name: _header(name) for name in ("x-request-id", "Retry-After")}
-        made[str(route.unwell)] = {"description": "Not now.", "headers": retry, "content": content(route)}
+        told = {"schema": _schema(route.answer), "example": msgspec.to_builtins(route.unwell_example)}
+        made[str(route.unwell)] = {"description": "Not now.", "headers": retry, "content": {route.media_type: told}}
     for status in sorted(errors(route)):
         shared = {"$ref": f"#/components/responses/{status}"}
         made[str(status)] = shared if route.error is ErrorBody else error_response(status, route.error)
@@ -192,6 +194,8 @@ def content(route: Route) -> Json:
         made[route.media_type] = {}
     elif route.answer is not None:
         made[route.media_type] = {"schema": _schema(route.answer)}
+        if route.example is not None:
+            made[route.media_type]["example"] = msgspec.to_builtins(route.example)
     if route.streamed is not None:
         made["text/event-stream"] = {"schema": event(route), "example": route.streamed.events}
     return made
@@ -217,9 +221,8 @@ def error_response(status: int, body: type[msgspec.Struct]) -> Json:
     """The response of one status."""
     names = ("x-request-id", "Retry-After", "retry-after-ms") if status in RETRIED else ("x-request-id",)
     meaning, example = ERRORS[status]
-    content: Json = {"schema": _schema(body)}
-    if body is ErrorBody:
-        content["example"] = msgspec.to_builtins(ErrorBody(example))
+    shown = ErrorBody(example) if body is ErrorBody else messages_error(status, example.message)
+    content = {"schema": _schema(body), "example": msgspec.to_builtins(shown)}
     return {
         "description": meaning,
         "headers": {name: _header(name) for name in names},

@@ -134,7 +134,7 @@ async def models(request: web.Request) -> web.Response:
 
 
 async def model(request: web.Request) -> web.Response:
-    """One model; 404 `model_not_found` for a name that is not served."""
+    """One model; 404 for a name that is not served."""
     serving = request.app[SERVING]
     name = request.match_info["id"]
     serving.check_model(name)
@@ -142,7 +142,7 @@ async def model(request: web.Request) -> web.Response:
 
 
 async def abort(request: web.Request) -> web.Response:
-    """End a request by its id (`chatcmpl-…`, `cmpl-…`) or by the x-request-id it came with."""
+    """End a request by the id of its answer or by the x-request-id it came with."""
     serving = request.app[SERVING]
     check_content_type(request)
     raw = await read_body(request, serving.config.api.max_body_bytes, serving.config.server.body_timeout_s)

@@ -43,10 +43,17 @@ def test_every_route_says_all_that_the_documentation_needs() -> None:
             "body": route.body is not None or route.method == "GET",
             "examples": bool(route.examples) == (route.body is not None),
             "path_parameters": set(route.path_parameters) == set(re.findall(r"\{(\w+)\}", route.template)),
+            "an example": route.example is not None or route.answer in (None, bytes) or route.path == "/openapi.json",
+            "an example of not now": (route.unwell_example is not None) == bool(route.unwell),
             "the meaning of its errors": openapi.errors(route) <= set(openapi.ERRORS),
         }
         silent += [f"{route.method} {route.path}: {what}" for what, said in says.items() if not said]
     assert not silent
+
+
+def test_summaries_are_plain_text() -> None:
+    # Swagger UI shows them as they are, and descriptions as Markdown.
+    assert not [route.path for route in ROUTES if "`" in route.summary]
 
 
 def test_every_operation_has_a_name_of_its_own() -> None:
@@ -121,6 +128,38 @@ async def test_every_example_is_answered_as_documented(route: Route, name: str) 
             route.streamed.when == "always" or route.examples[name].get("stream")
         )
         assert content_type == ("text/event-stream" if streamed else "application/json")
+
+
+ANSWERED = [route for route in ROUTES if route.example is not None and route.media_type == "application/json"]
+FREE = ("details", "phases", "metadata", "incomplete_details")  # no fields inside, or null in a complete answer
+
+
+def outline(value: Any) -> Any:
+    """Only the keys; of a list only its first item."""
+    if isinstance(value, list):
+        return [outline(item) for item in value[:1]]
+    if isinstance(value, dict):
+        return {name: name not in FREE and outline(inner) for name, inner in value.items()}
+    return None
+
+
+@pytest.mark.parametrize("route", ANSWERED, ids=lambda route: route.path)
+def test_the_examples_of_answers_have_the_types_of_real_ones(route: Route) -> None:
+    told = [shown for shown in (route.example, route.unwell_example) if shown is not None]
+    assert [msgspec.convert(msgspec.to_builtins(shown), route.answer) for shown in told] == told
+
+
+@pytest.mark.parametrize("route", [r for r in ANSWERED if r.path != "/abort"], ids=lambda route: route.path)
+async def test_the_examples_of_answers_have_the_keys_of_real_ones(route: Route) -> None:
+    async with running(capacity=ROOM) as server:
+        path = route.template.format(id="fake")
+        if route.body is None:
+            status, answer = await server.get(path)
+        else:
+            (body, *_) = route.examples.values()
+            status, answer = await server.post(path, dict(body))
+        assert status == 200
+        assert outline(msgspec.to_builtins(route.example)) == outline(answer)
 
 
 async def test_the_example_of_abort_names_a_request() -> None:
