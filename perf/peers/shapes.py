@@ -131,7 +131,10 @@ def contenders(params: ShapeParams, room: Path = recipes.ROOM) -> Lineup:
 
 def _turn(name: str, measure: Measure) -> Turn:
     clock, start_s, before_s = facts.CpuClock([os.getpid()]), time.monotonic(), _children_s()
-    speed = measure()
+    try:
+        speed = measure()
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # msgspec's are ValueErrors
+        raise MeasureError(f"printed other figures than expected: {error!r}") from error
     own_cores = (_children_s() - before_s) / (time.monotonic() - start_s)
     turn = Turn(name, speed, max(0.0, clock.foreign_cores() - own_cores))
     decode = "  ".join(f"{rows} rows {tokens_per_s:7.1f}" for rows, tokens_per_s in speed.decode.items())
@@ -229,7 +232,9 @@ def table(figures: Mapping[str, Mapping[str, float]], skipped: Mapping[str, str]
     names = list(next(iter(figures.values()), {}))
     lines = [f"{'tokens/s':<20}" + "".join(f"{name:>12}" for name in names)]
     for contender, values in figures.items():
-        lines.append(f"{contender:<20}" + "".join(f"{values[name]:>12.1f}" for name in names))
+        lines.append(
+            f"{contender:<20}" + "".join(f"{values[name]:>12.1f}" if name in values else f"{'-':>12}" for name in names)
+        )
     for kind, by_figure in ratios(figures).items():
         cells = [f"{by_figure[name][0] or 0:>12.2f}" for name in names]
         lines.append(f"{f'{kind}, ours / best':<20}" + "".join(cells))

@@ -154,6 +154,24 @@ def test_a_peer_that_fails_has_no_more_turns_and_without_ours_there_is_no_compar
         shapes.run(Lineup({"asyncllm-bf16": fail}, {}, {}), rounds=1)
 
 
+def test_a_peer_that_prints_something_else_is_skipped_and_one_that_leaves_figures_out_has_a_dash() -> None:
+    lineup = Lineup(
+        {
+            "asyncllm-bf16": lambda: Speed({1: 10.0, 8: 20.0}, 100.0),
+            "llama.cpp-bf16": lambda: Speed({1: shapes.bench_speed("[]")}, 1.0),
+            "transformers-bf16": lambda: Speed({1: 5.0}, 50.0),
+        },
+        {},
+        {},
+    )
+    turns = shapes.run(lineup, rounds=1)
+
+    assert "printed other figures than expected" in lineup.skipped["llama.cpp-bf16"]
+    rows = [line.split() for line in shapes.table(shapes.medians(turns), {}).splitlines()]
+    assert rows[1:3] == [["asyncllm-bf16", "10.0", "20.0", "100.0"], ["transformers-bf16", "5.0", "-", "50.0"]]
+    assert shapes.ratios(shapes.medians(turns))["bf16"]["decode_8"] == (None, "transformers-bf16")
+
+
 def test_a_program_that_dies_is_told_with_its_last_line() -> None:
     with pytest.raises(MeasureError, match="exited with 3: error: out of memory"):
         shapes._output(
