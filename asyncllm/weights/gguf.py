@@ -107,7 +107,7 @@ class GGUFCheckpoint:
         from asyncllm.layers.blocks import BLOCK_VALUES
 
         is_matrix = len(info.shape) == 2 and info.shape[1] % BLOCK_VALUES == 0
-        transposed = name.rpartition(".")[0].endswith(self._family.transposed or ("none",))
+        transposed = name.rpartition(".")[0].endswith(self._family.transposed)
         return is_matrix and not transposed and ggml_type(self._path, info).name not in ("F32", "F16")
 
     def _stored(self) -> "Iterator[tuple[str, TensorInfo, numpy.ndarray]]":
@@ -148,7 +148,7 @@ def _as_hugging_face(family: GGUFFamily, name: str, tensor: "torch.Tensor") -> "
             yield name.format(expert=expert), matrix
     elif family.norm_plus_one and module.endswith("norm"):
         yield name, tensor - 1.0
-    elif tensor.ndim == 2 and module.endswith(family.transposed or ("none",)):
+    elif tensor.ndim == 2 and module.endswith(family.transposed):
         yield name, tensor.T
     else:
         yield name, tensor

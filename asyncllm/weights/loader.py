@@ -4,6 +4,7 @@ Knows how stacked layers and experts take their parts and how tied weights are s
 thread.
 """
 
+from collections.abc import Iterable
 from typing import cast
 
 import msgspec
@@ -147,19 +148,20 @@ def _block_places(model: nn.Module) -> dict[str, list[tuple[Linear | Embedding, 
 
 def _fill(checkpoint: Checkpoint, model: nn.Module, keep_blocks: bool) -> None:
     targets, stacks, family = targets_of(model), stacks_of(model), checkpoint.architecture.family
-    in_blocks = keep_blocks and isinstance(checkpoint, BlockCheckpoint)
-    places = _block_places(model) if in_blocks else {}
+    places: dict[str, list[tuple[Linear | Embedding, int, int]]] = {}
+    stream: Iterable[tuple[str, Tensor | BlockRows]] = checkpoint.tensors()
+    if keep_blocks and isinstance(checkpoint, BlockCheckpoint):
+        places, stream = _block_places(model), checkpoint.tensors_in_blocks()
     missing = {name for name, target in targets.items() if not target.optional}
     unexpected = []
-    stream = checkpoint.tensors_in_blocks() if in_blocks else checkpoint.tensors()  # type: ignore[attr-defined]
     for stored_name, stored in stream:
         blocks = stored if isinstance(stored, BlockRows) else None
-        named = decoder_tensor(
-            family, stored_name, stored if blocks is None else torch.empty(blocks.shape, device="meta")
-        )
+        given = stored if isinstance(stored, Tensor) else torch.empty(stored.shape, device="meta")
+        named = decoder_tensor(family, stored_name, given)
         if named is None:
             continue
         name, tensor = named
+        assert blocks is None or tensor is given, f"{stored_name} has a layout of its own, and came in blocks"
         if name in stacks:
             destination, filled = stacks[name]
         elif name not in targets:
