@@ -104,7 +104,8 @@ if (globalThis.process?.versions?.node && process.argv[1]) {
   const script = process.argv[1]; // of `node -e`, an argument
   if (existsSync(script) && import.meta.url === pathToFileURL(realpathSync(script)).href) {
     main(process.argv.slice(2)).catch((error) => {
-      console.error(`${error.name}: ${error.message}`);
+      const reason = error.cause ? ` (${error.cause.message || error.cause.code})` : ""; // of a failed fetch
+      console.error(`${error.name}: ${error.message}${reason}`);
       process.exitCode = 1;
     });
   }
