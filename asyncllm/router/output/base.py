@@ -1,4 +1,4 @@
-"""What formats of tool calls share: ids of calls, the way of a call, and grammars of texts that call. Any thread."""
+"""What formats of tool calls share: ids and reading of calls, and grammars of texts that call. Any thread."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
