@@ -103,8 +103,19 @@ def processes(directory: Path) -> Iterator:
         started.append(process)
         return process
 
-    yield start
-    for process in started:
-        if process.popen.poll() is None:
-            process.popen.kill()
-            process.popen.wait()
+    try:
+        yield start
+    finally:
+        for process in started:
+            if process.popen.poll() is None:
+                process.popen.kill()
+                process.popen.wait()
+
+
+@contextmanager
+def ready_process(directory: Path) -> Iterator[Process]:
+    """One server that answers."""
+    with processes(directory) as start:
+        process = start()
+        process.until_ready()
+        yield process

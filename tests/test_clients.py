@@ -9,7 +9,7 @@ import jsonschema
 import openai
 import pytest
 
-from tests.processes import Process, processes
+from tests.processes import Process, ready_process
 
 MODEL = "smollm2-135m-instruct"
 PARAMETERS = {
@@ -24,9 +24,7 @@ MESSAGES: Any = [{"role": "user", "content": "How is the weather in Paris?"}]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    with processes(tmp_path_factory.mktemp("clients")) as start:
-        process = start()
-        process.until_ready()
+    with ready_process(tmp_path_factory.mktemp("clients")) as process:
         yield process
 
 

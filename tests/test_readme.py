@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from asyncllm.server.routes import ROUTES
-from tests.processes import Process, processes
+from tests.processes import Process, ready_process
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,9 +22,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    with processes(tmp_path_factory.mktemp("readme")) as start:
-        process = start()
-        process.until_ready()
+    with ready_process(tmp_path_factory.mktemp("readme")) as process:
         yield process
 
 

@@ -129,3 +129,12 @@ def random_params(rng, vocab_size):
         seed=rng.randrange(-(2**63), 2**63),
         logit_bias=maybe(tuple((i, rng.uniform(-5, 5)) for i in rng.sample(range(vocab_size), 3)), ()),
     )
+
+
+def chi_square(drawn, probabilities):
+    """How far the counts of drawn tokens are from what these probabilities promise; none may come that has 0."""
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(probabilities)).double()
+    expected = probabilities * len(drawn)
+    assert counts[expected == 0].sum() == 0
+    seen = expected > 0
+    return float(((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum())

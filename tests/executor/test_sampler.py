@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from asyncllm.types import SamplingParams
-from tests.executor.reference import Batch, allowed_tokens, draws, processed, random_params, sample
+from tests.executor.reference import Batch, allowed_tokens, chi_square, draws, processed, random_params, sample
 from tests.fakes import mask_of
 
 
@@ -105,14 +105,6 @@ def test_greedy_takes_the_lowest_of_equal_ids():
 def test_tiny_temperatures_are_greedy_instead_of_overflowing():
     logits = torch.tensor([1.0, 3.0, 2.0])
     assert draws(logits, SamplingParams(max_tokens=1, temperature=1e-40), 4) == [1] * 4
-
-
-def chi_square(drawn, probabilities):
-    counts = torch.bincount(torch.tensor(drawn), minlength=len(probabilities)).double()
-    expected = probabilities * len(drawn)
-    assert counts[expected == 0].sum() == 0
-    seen = expected > 0
-    return float(((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])

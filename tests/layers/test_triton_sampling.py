@@ -15,7 +15,7 @@ from asyncllm.layers import sampling_columns as column
 from asyncllm.layers.triton_noise import log_exponential, noise_bits, row_key
 from asyncllm.layers.triton_sampling import make_sample_scratch, sample
 from asyncllm.types import SamplingParams
-from tests.executor.reference import Batch, allowed_tokens
+from tests.executor.reference import Batch, allowed_tokens, chi_square
 from tests.executor.reference import noise_bits as defined_bits
 
 # Infinities and NaN go through kernels on purpose; interpreted, numpy remarks on them.
@@ -306,14 +306,6 @@ def test_a_row_draws_the_same_alone_and_in_another_order(device):
     assert backwards[::-1] == together
     for i in range(0, len(rows), 5):
         assert draw(logits[i : i + 1], [rows[i]], [i], "full", device) == [together[i]]
-
-
-def chi_square(drawn, probabilities):
-    counts = torch.bincount(torch.tensor(drawn), minlength=len(probabilities)).double()
-    expected = probabilities * len(drawn)
-    assert counts[expected == 0].sum() == 0
-    seen = expected > 0
-    return float(((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum())
 
 
 def test_draws_follow_the_softmax(device):
