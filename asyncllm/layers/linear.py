@@ -36,7 +36,7 @@ class Linear(nn.Module):
         self.blocks[part] = blocks
 
     def take_rows(self) -> BlockRows:
-        """Let go of the weight: as the checkpoint has it where all parts are stored alike, else in bfloat16."""
+        """Let go of the weight: as the checkpoint has it, or in bfloat16; of parts see the function of this name."""
         assert self.weight is not None
         sizes = [self.out_features] if self.parts is None else list(self.parts.values())
         rows = take_rows(self.weight.detach(), sizes, self.blocks)

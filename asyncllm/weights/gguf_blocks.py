@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
+# Values brought over at once: in float32, and as gguf joins pieces, a large head whole takes 8 bytes of each.
+SLAB_VALUES = 1 << 20
 KEPT = ("Q4_0", "Q4_1", "Q8_0", "BF16")
 _SUPER_BYTES = 144  # of Q4_K's 256 values: two float16, 12 bytes of scales and minima, 128 bytes of values
 _SUB_BLOCKS = 8
@@ -28,12 +30,22 @@ def as_blocks(kind: str, rows: "Bytes") -> "Bytes":
     """Rows of a type, F32 and F16 excepted, [N, bytes of a row], as rows of blocks of `blocks_kind(kind)`."""
     if kind in KEPT:
         return rows
-    if kind == "Q4_K":
-        return _q4_1_of_q4_k(rows)
-    from gguf.constants import GGMLQuantizationType
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
-    return quantize(dequantize(rows, GGMLQuantizationType[kind]), GGMLQuantizationType.Q8_0)
+    from asyncllm.layers.blocks import BLOCK_BYTES, BLOCK_VALUES
+
+    stored = GGMLQuantizationType[kind]
+    values_per_block, block_bytes = GGML_QUANT_SIZES[stored]
+    width = rows.shape[1] // block_bytes * values_per_block
+    blocks = np.empty((len(rows), width // BLOCK_VALUES * BLOCK_BYTES[blocks_kind(kind)]), dtype=np.uint8)
+    step = max(1, SLAB_VALUES // width)
+    for start in range(0, len(rows), step):
+        slab = rows[start : start + step]
+        blocks[start : start + step] = (
+            _q4_1_of_q4_k(slab) if kind == "Q4_K" else quantize(dequantize(slab, stored), GGMLQuantizationType.Q8_0)
+        )
+    return blocks
 
 
 def _q4_1_of_q4_k(rows: "Bytes") -> "Bytes":

@@ -207,6 +207,16 @@ def test_matrices_are_also_handed_out_in_blocks_with_rows_in_the_same_order(tmp_
         torch.testing.assert_close(values, tensor, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q5_0, Kind.F16])
+def test_the_bytes_in_blocks_are_known_before_they_are_read(tmp_path: Path, kind: Kind) -> None:
+    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), kind)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert isinstance(checkpoint, BlockCheckpoint)
+    found = [tensor for _, tensor in checkpoint.tensors_in_blocks()]
+    expected = sum(part.rows.nbytes if isinstance(part, BlockRows) else 2 * part.numel() for part in found)
+    assert checkpoint.num_bytes_in_blocks(2) == expected
+
+
 @pytest.mark.parametrize("kind", [Kind.Q5_0, Kind.Q5_1])
 def test_matrices_of_other_types_are_handed_out_in_eight_bits(tmp_path: Path, kind: Kind) -> None:
     save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), kind)

@@ -36,3 +36,10 @@ def test_every_served_type_keeps_its_values(name: str) -> None:
     off = numpy.abs(read - exact).reshape(-1, 32) / most
     # Q8_0 has 127 steps on either side, and rounds its scale to 11 bits; what is kept is kept.
     assert off.max() <= (0 if kind == name else 0.0015 if name == "Q4_K" else 0.6 / 127)
+
+
+def test_a_large_matrix_is_brought_over_in_slabs_with_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {name: as_blocks(name, random_rows(Kind[name])) for name in ("Q4_K", "Q6_K", "Q5_0")}
+    monkeypatch.setattr("asyncllm.weights.gguf_blocks.SLAB_VALUES", 4 * WIDTH)
+    for name, blocks in whole.items():
+        numpy.testing.assert_array_equal(as_blocks(name, random_rows(Kind[name])), blocks, err_msg=name)
