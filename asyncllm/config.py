@@ -80,6 +80,7 @@ class CacheConfig(Table, frozen=True):
     memory_gib: Annotated[float, Meta(ge=0)] = 0.0  # GiB for KV; 0 = what memory_fraction leaves, or 1 GiB on a CPU
     num_blocks: NonNegative = 0  # blocks of KV; overrides memory_gib; 0 = from memory_gib
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16  # tokens in a block
+    kv_cache_dtype: Literal["auto", "model", "int8"] = "auto"  # auto = int8 for quantized weights on a CPU
     prefix_cache: bool = True  # share the KV of equal prompt beginnings
 
 

@@ -263,7 +263,12 @@ def _describe(subject: Subject, checkpoint: Checkpoint, gb_per_s: float) -> dict
     architecture = checkpoint.architecture
     executor: Any = subject.executor
     weights_bytes = weights_read(subject)
-    kv_bytes = subject.context * architecture.kv_bytes_per_token(executor.kv_caches[0].element_size())
+    capacity = executor.capacity
+    kv_bytes = (
+        subject.context
+        * sum(cache.nbytes for cache in executor.kv_caches)
+        // (capacity.num_blocks * capacity.block_size)
+    )
     library = find_library(host.cpu_flags())
     if subject.backend == "torch" or isinstance(library, str):
         rates = floors.torch_gflop_per_s()
@@ -298,7 +303,7 @@ def weights_read(subject: Subject) -> int:
         return num_bytes
     layers = [layer for layer in executor.model.modules() if isinstance(layer, Linear)]
     num_values = sum(layer.in_features * layer.out_features for layer in layers)
-    return num_values * int(executor.kv_caches[0].element_size())
+    return num_values * int(executor.kv_caches[0].element_size())  # computed in the weights' dtype
 
 
 def table(result: dict[str, Any], backend: str) -> str:

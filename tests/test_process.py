@@ -69,9 +69,9 @@ def test_a_second_signal_aborts_what_runs(start) -> None:
 def test_a_unix_socket_serves_as_well(start, tmp_path: Path) -> None:
     path = tmp_path / "server.sock"
     server = start(ASYNCLLM_SERVER__UNIX_SOCKET=str(path))
-    server.until(lambda: path.exists() or server.popen.poll() is not None)
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(path))
+        # The file is there a moment before anyone listens.
+        server.until(lambda: connection.connect_ex(str(path)) == 0 or server.popen.poll() is not None)
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b" 200 " in connection.recv(65536)
     server.popen.send_signal(signal.SIGTERM)

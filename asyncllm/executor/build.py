@@ -12,7 +12,14 @@ from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.executor import host
 from asyncllm.executor.base import Executor
-from asyncllm.executor.build_native import describe_kernels, find_native, load_native, native_weight_bytes
+from asyncllm.executor.build_native import (
+    describe_kernels,
+    find_native,
+    has_int8_cache,
+    load_native,
+    native_kv_bytes_per_token,
+    native_weight_bytes,
+)
 from asyncllm.executor.memory import (
     GIB,
     activation_bytes,
@@ -29,6 +36,7 @@ from asyncllm.weights.base import Checkpoint
 if TYPE_CHECKING:
     import torch
 
+    from asyncllm.models.base import CausalLM
     from asyncllm.weights.lora_stacks import AdapterPlan
 
 # How long OpenMP threads spin for the next operation before they sleep; libgomp reads it as torch is imported. Its
@@ -117,11 +125,15 @@ def _build_torch_executor(
     architecture, bytes_per_value = checkpoint.architecture, BYTES_PER_VALUE[dtype]
     report("load weights")
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    model: CausalLM
     if isinstance(native, str):
         model = load_model(checkpoint, TorchAttention(), torch_dtype, device)
         mask = install_adapters(adapters, model, torch_dtype, device)
+        block_bytes, token_bytes = 0, architecture.kv_bytes_per_token(bytes_per_value)
     else:
-        model, mask = load_native(config, checkpoint, native, TorchAttention()), None
+        model = decoder = load_native(config, checkpoint, native, TorchAttention())
+        mask, block_bytes = None, decoder.block_bytes
+        token_bytes = native_kv_bytes_per_token(config, checkpoint, native)
 
     report("allocate kv cache")
     if device.type == "cuda":
@@ -131,9 +143,11 @@ def _build_torch_executor(
         facts["graphs"] = "none: executor.attention_backend = torch runs every step eagerly"
     else:
         room = cpu_room(host.available_memory_bytes())
-    plan = plan_cache(architecture, config, bytes_per_value, room)
+    plan = plan_cache(architecture, config, token_bytes, room)
     facts["kv"] = plan.summary
-    executor = TorchExecutor(model, architecture, plan.capacity, device, torch_dtype, facts, mask)
+    if not isinstance(native, str) and has_int8_cache(config, checkpoint):
+        facts["kv"] += "; in 8 bits"
+    executor = TorchExecutor(model, architecture, plan.capacity, device, torch_dtype, facts, mask, block_bytes)
 
     report("warm up")
     warm_up(executor, config.scheduler.max_batched_tokens)

@@ -123,7 +123,7 @@ def build_cuda_executor(
         bytes_per_value,
     )
     room = gpu_room(architecture, config, bytes_per_value, total, total - free, reserved)
-    plan = plan_cache(architecture, config, bytes_per_value, room)
+    plan = plan_cache(architecture, config, architecture.kv_bytes_per_token(bytes_per_value), room)
     facts["kv"] = plan.summary
     executor = make(plan.capacity)
 

@@ -11,7 +11,7 @@ from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.executor import host
 from asyncllm.executor.build import choose_dtype
-from asyncllm.executor.build_native import describe_kernels, find_native, native_weight_bytes
+from asyncllm.executor.build_native import describe_kernels, find_native, native_kv_bytes_per_token, native_weight_bytes
 from asyncllm.executor.memory import activation_bytes, check_weights_fit, cpu_room, gpu_room, plan_cache, weight_bytes
 from asyncllm.models.config import BYTES_PER_VALUE
 from asyncllm.weights.base import Checkpoint
@@ -86,7 +86,11 @@ def fit(checkpoint: Checkpoint, config: Config, device: Device) -> Fit:
             room = gpu_room(architecture, config, width, device.total_bytes, used, steps)
         else:
             room = cpu_room(device.available_bytes - needed_bytes)
-        capacity = plan_cache(architecture, config, width, room).capacity
+        if isinstance(native, str):
+            token_bytes = architecture.kv_bytes_per_token(width)
+        else:
+            token_bytes = native_kv_bytes_per_token(config, checkpoint, native)
+        capacity = plan_cache(architecture, config, token_bytes, room).capacity
     except StartupError as error:
         return Fit(device, dtype, needed_bytes, error.message, kernels=kernels)
     context, at_once = capacity.max_context_length, config.scheduler.max_sequences

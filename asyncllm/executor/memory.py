@@ -103,13 +103,13 @@ def gpu_room(
     return CacheRoom(available_bytes, min(available_bytes, most_bytes), reason)
 
 
-def plan_cache(architecture: ModelArchitecture, config: Config, bytes_per_value: int, room: CacheRoom) -> CachePlan:
-    """Size the cache for the room there is.
+def plan_cache(architecture: ModelArchitecture, config: Config, bytes_per_token: int, room: CacheRoom) -> CachePlan:
+    """Size the cache for the room there is, where a token's keys and values take `bytes_per_token` over all layers.
 
     Raises StartupError, naming the keys to change, when what was asked for does not fit.
     """
     block_size = config.cache.block_size
-    block_bytes = architecture.kv_bytes_per_token(bytes_per_value) * block_size
+    block_bytes = bytes_per_token * block_size
     num_blocks = _num_blocks(config.cache, block_bytes, room)
     num_bytes = num_blocks * block_bytes
     if num_bytes > room.available_bytes:
@@ -117,7 +117,7 @@ def plan_cache(architecture: ModelArchitecture, config: Config, bytes_per_value:
         asked = getattr(config.cache, key)
         raise StartupError(f"the KV cache needs {_gib(num_bytes)}, {_available(room)}: lower cache.{key} = {asked}")
     num_tokens = (num_blocks - 1) * block_size
-    context_length, remark = _context_length(architecture, config, num_tokens, block_bytes // block_size)
+    context_length, remark = _context_length(architecture, config, num_tokens, bytes_per_token)
     max_sequences = config.scheduler.max_sequences
     summary = (
         f"KV: {num_tokens:,} tokens in {_gib(num_bytes)}; {max_sequences} sequences of {num_tokens // max_sequences:,}"

@@ -87,8 +87,9 @@ class TorchExecutor:
         dtype: torch.dtype,
         facts: dict[str, str],
         adapters: AdapterMask | None = None,
+        block_bytes: int = 0,
     ) -> None:
-        """`adapters`: of the model's layers, where they have any."""
+        """`adapters`: of the model's layers, where they have any. `block_bytes`: of a block that the model lays out."""
         self.model = model
         self.capacity = capacity
         self.facts = facts
@@ -97,8 +98,11 @@ class TorchExecutor:
         self.balance_tokens: int = getattr(model, "balance_tokens", on_torch)
         self._device = device
         self._adapters = adapters
-        shape = (2, capacity.num_blocks, architecture.num_kv_heads, capacity.block_size, architecture.head_dim)
-        # Per layer [2, num_blocks, K, B, D].
+        # Per layer [2, num_blocks, K, B, D], or bytes [num_blocks, block_bytes].
+        num_blocks, num_kv_heads = capacity.num_blocks, architecture.num_kv_heads
+        shape: tuple[int, ...] = (2, num_blocks, num_kv_heads, capacity.block_size, architecture.head_dim)
+        if block_bytes:
+            shape, dtype = (num_blocks, block_bytes), torch.uint8
         self.kv_caches = [torch.empty(shape, dtype=dtype, device=device) for _ in range(architecture.num_layers)]
         for kv_cache in self.kv_caches:
             if device.type == "cpu":

@@ -1,30 +1,29 @@
-// Attention over paged keys and values, and what precedes it: norms of heads, rotation, storing.
+// Attention over paged keys and values, and what precedes it: norms of heads and rotation.
 //
-// A page is the B tokens (B a multiple of 16) of a block for one KV head: D values for each of them, in bfloat16, in the
-// order in which products of pairs read them:
-//
-//   keys    [B / 16][D / 2][16 tokens][2]   16 scores at once, a pair of dimensions after the other
-//   values  [B / 2][D][2 tokens]            16 dimensions at once, a pair of tokens after the other
-//
-// A layer's cache is [blocks, K heads, 2] of them, keys before values, so that reading runs on from one to the other.
-// Keys are taken in chunks at fixed places of the sequence, so a query's result depends neither on which others share
-// its step nor on how its prompt was cut.
+// Keys are taken in chunks at fixed places of the sequence, so a query's result depends neither on which others share its
+// step nor on how its prompt was cut.
 #pragma once
 
-#include <cfloat>
-
-#include "matrix.h"
-
-constexpr int CHUNK = 128;  // keys between two updates of the running maximum
-constexpr int PAGE = 16;    // keys scored at once
+#include "pages.h"
 
 struct HeadShape {
     int num_heads, num_kv_heads, head_dim, block_size;
 
     int group() const { return num_heads / num_kv_heads; }
-    size_t page_values() const { return (size_t)block_size * head_dim; }
-    // Where a head's keys of a block begin in a layer's cache; its values follow them.
-    size_t place(int64_t block, int kv_head) const { return ((size_t)block * num_kv_heads + kv_head) * 2 * page_values(); }
+};
+
+// One layer's cache.
+template <class Pages> struct Cache {
+    uint8_t *memory;
+    HeadShape shape;
+
+    static size_t page_bytes(int head_dim) { return Pages::key_bytes(head_dim) + Pages::value_bytes(head_dim); }
+
+    // The keys of the page that has a block's token; its values follow them.
+    uint8_t *page(int64_t block, int kv_head, int token) const {
+        const size_t pages = (size_t)shape.block_size / PAGE;
+        return memory + (((size_t)block * shape.num_kv_heads + kv_head) * pages + token / PAGE) * page_bytes(shape.head_dim);
+    }
 };
 
 // x / sqrt(mean(x²) + eps) * weight over one head, in place.
@@ -47,52 +46,8 @@ inline void rotate_head(float *x, const float *cos, const float *sin, int head_d
     }
 }
 
-// Stores one token's key and value of one head in its page; x are floats, `slot` is its place in the page.
-inline void store_key(uint16_t *page, const float *x, int slot, int head_dim) {
-    uint16_t *to = page + (size_t)(slot / PAGE) * PAGE * head_dim + slot % PAGE * 2;
-    for (int i = 0; i < head_dim; i += PAGE) {
-        uint16_t rounded[PAGE];
-        simd::store_bfloat16(rounded, simd::load(x + i));
-        for (int j = 0; j < PAGE; j += 2) std::memcpy(to + (size_t)(i + j) * PAGE, rounded + j, 4);
-    }
-}
-
-inline void store_value(uint16_t *page, const float *x, int slot, int head_dim) {
-    uint16_t *to = page + (size_t)(slot / 2) * 2 * head_dim + slot % 2;
-    for (int i = 0; i < head_dim; i += PAGE) {
-        uint16_t rounded[PAGE];
-        simd::store_bfloat16(rounded, simd::load(x + i));
-        for (int j = 0; j < PAGE; ++j) to[(size_t)(i + j) * 2] = rounded[j];
-    }
-}
-
-// Queries of one KV head that are attended together: some heads of some successive tokens of one sequence.
-struct Tile {
-    static constexpr int MAX_ROWS = 8;
-    const uint16_t *queries[MAX_ROWS];  // [D] bfloat16, scaled; by log2(e) too unless there is a soft cap
-    int ends[MAX_ROWS];                 // keys before this place are seen,
-    int starts[MAX_ROWS];               // and not before this one
-    float *outputs[MAX_ROWS];           // [D]
-};
-
-// Scores of P pages of 16 keys, R queries: [R][CHUNK] from `scores` on.
-template <int R, int P>
-inline void score_pages(const Tile &tile, const uint16_t *const *pages, int head_dim, float *scores) {
-    using namespace simd;
-    Floats sums[P][R];
-    for (auto &page : sums) for (Floats &s : page) s = zero();
-    for (int i = 0; i < head_dim; i += 2) {
-        for (int p = 0; p < P; ++p) {
-            const Ints keys = load_bytes(pages[p] + (size_t)i * PAGE);
-            for (int r = 0; r < R; ++r) sums[p][r] = dot_bfloat16(sums[p][r], keys, pair_at(tile.queries[r] + i));
-        }
-    }
-    for (int p = 0; p < P; ++p) for (int r = 0; r < R; ++r) store(scores + r * CHUNK + p * PAGE, sums[p][r]);
-}
-
-// Turns scores of keys [begin, begin + width) into weights, bfloat16, and what sums so far are to be multiplied by.
-inline float weigh(float *scores, uint16_t *weights, int begin, int width, int start, int end, float soft_cap, float &most,
-                   float &total) {
+// Turns scores of keys [begin, begin + width) into weights, in place; returns what sums so far are to be multiplied by.
+inline float weigh(float *scores, int begin, int width, int start, int end, float soft_cap, float &most, float &total) {
     using namespace simd;
     Floats tops = all(-FLT_MAX);
     for (int i = 0; i < width; i += LANES) {
@@ -110,92 +65,61 @@ inline float weigh(float *scores, uint16_t *weights, int begin, int width, int s
     const float before = most;
     most = std::max(before, largest(tops));
     if (most == -FLT_MAX) {  // nothing seen yet
-        std::memset(weights, 0, 2 * (size_t)width);
+        std::memset(scores, 0, sizeof(float) * (size_t)width);
         return 0.0f;
     }
     Floats sums = zero();
     for (int i = 0; i < width; i += LANES) {
         const Floats weight = exp2(max(sub(load(scores + i), all(most)), all(-1000.0f)));
         sums = add(sums, weight);
-        store_bfloat16(weights + i, weight);
+        store(scores + i, weight);
     }
     const float shrink = before == -FLT_MAX ? 0.0f : std::exp2(before - most);
     total = total * shrink + sum(sums);
     return shrink;
 }
 
-// Adds weighted values of `num_keys` keys: R queries, 16 dimensions at a time.
-template <int R>
-inline void add_values(const Tile &tile, const uint16_t *const *pages, int num_keys, int head_dim, const uint16_t *weights,
-                       const float *shrink) {
-    using namespace simd;
-    constexpr int WIDTH = R <= 2 ? 4 : 2;  // independent sums: enough to hide what a product waits for
-    for (int d = 0; d < head_dim; d += WIDTH * LANES) {
-        const int width = std::min(WIDTH, (head_dim - d) / LANES);
-        Floats sums[WIDTH][R];
-        for (auto &column : sums) for (Floats &s : column) s = zero();
-        const auto add_pair = [&](int key, auto &&pairs_at) {
-            const uint16_t *values = pages[key / PAGE] + (size_t)(key % PAGE) * head_dim + 2 * d;
-            for (int c = 0; c < WIDTH; ++c) {
-                if (c >= width) break;
-                const Ints pairs = pairs_at(values + 2 * LANES * c);
-                for (int r = 0; r < R; ++r) sums[c][r] = dot_bfloat16(sums[c][r], pairs, pair_at(weights + r * CHUNK + key));
-            }
-        };
-        for (int key = 0; key + 1 < num_keys; key += 2) add_pair(key, load_bytes);
-        // Behind the last key lies what another sequence left: a weight of 0 would not undo its NaN.
-        if (num_keys % 2) add_pair(num_keys - 1, load_first_of_pairs);
-        for (int c = 0; c < width; ++c) {
-            for (int r = 0; r < R; ++r) {
-                float *out = tile.outputs[r] + d + c * LANES;
-                store(out, fma(load(out), all(shrink[r]), sums[c][r]));
-            }
-        }
-    }
-}
-
 // softmax(queries · keys) · values over the pages of a block table.
-template <int R>
-inline void attend_rows(const Tile &tile, const HeadShape &shape, const uint16_t *cache, const int64_t *table, int kv_head,
-                        float soft_cap) {
+template <int R, class Pages>
+inline void attend_rows(const Tile &tile, const Cache<Pages> &cache, const int64_t *table, int kv_head, float soft_cap) {
     using namespace simd;
+    const int head_dim = cache.shape.head_dim, block_size = cache.shape.block_size;
     alignas(64) float scores[R * CHUNK];
-    alignas(64) uint16_t weights[R * CHUNK];
     float most[R], total[R], shrink[R];
     int first = tile.starts[0], last = 0;
     for (int r = 0; r < R; ++r) {
         most[r] = -FLT_MAX, total[r] = 0;
         first = std::min(first, tile.starts[r]), last = std::max(last, tile.ends[r]);
-        std::memset(tile.outputs[r], 0, sizeof(float) * shape.head_dim);
+        std::memset(tile.outputs[r], 0, sizeof(float) * head_dim);
     }
-    const size_t part = (size_t)PAGE * shape.head_dim;
     for (int begin = first / CHUNK * CHUNK; begin < last; begin += CHUNK) {
         const int num_pages = std::min(CHUNK, last - begin + PAGE - 1) / PAGE;
-        const uint16_t *keys[CHUNK / PAGE], *values[CHUNK / PAGE];
+        const uint8_t *keys[CHUNK / PAGE], *values[CHUNK / PAGE];
         for (int p = 0; p < num_pages; ++p) {
             const int key = begin + p * PAGE;
-            keys[p] = cache + shape.place(table[key / shape.block_size], kv_head) + key % shape.block_size / PAGE * part;
-            values[p] = keys[p] + shape.page_values();
+            keys[p] = cache.page(table[key / block_size], kv_head, key % block_size);
+            values[p] = keys[p] + Pages::key_bytes(head_dim);
         }
-        constexpr int P = R <= 3 ? 4 : 2;
+        constexpr int P = Pages::template PAGES_AT_ONCE<R>;
         int p = 0;
-        for (; p + P <= num_pages; p += P) score_pages<R, P>(tile, keys + p, shape.head_dim, scores + p * PAGE);
-        for (; p < num_pages; ++p) score_pages<R, 1>(tile, keys + p, shape.head_dim, scores + p * PAGE);
+        for (; p + P <= num_pages; p += P) Pages::template score<R, P>(tile, keys + p, head_dim, scores + p * PAGE);
+        for (; p < num_pages; ++p) Pages::template score<R, 1>(tile, keys + p, head_dim, scores + p * PAGE);
         for (int r = 0; r < R; ++r) {
-            shrink[r] = weigh(scores + r * CHUNK, weights + r * CHUNK, begin, num_pages * PAGE, tile.starts[r], tile.ends[r],
-                              soft_cap, most[r], total[r]);
+            shrink[r] = weigh(scores + r * CHUNK, begin, num_pages * PAGE, tile.starts[r], tile.ends[r], soft_cap, most[r],
+                              total[r]);
         }
-        add_values<R>(tile, values, std::min(CHUNK, last - begin), shape.head_dim, weights, shrink);
+        Pages::template add_values<R>(tile, values, std::min(CHUNK, last - begin), head_dim, scores, shrink);
     }
     for (int r = 0; r < R; ++r) {
         const Floats factor = all(1.0f / total[r]);
-        for (int i = 0; i < shape.head_dim; i += LANES) store(tile.outputs[r] + i, mul(load(tile.outputs[r] + i), factor));
+        for (int i = 0; i < head_dim; i += LANES) store(tile.outputs[r] + i, mul(load(tile.outputs[r] + i), factor));
     }
 }
 
-inline void attend(const Tile &tile, int num_rows, const HeadShape &shape, const uint16_t *cache, const int64_t *table,
-                   int kv_head, float soft_cap) {
-    const auto rows = [&]<int R>() { attend_rows<R>(tile, shape, cache, table, kv_head, soft_cap); };
+template <class Pages>
+inline void attend(const Tile &tile, int num_rows, const Cache<Pages> &cache, const int64_t *table, int kv_head,
+                   float soft_cap) {
+    const auto rows = [&]<int R>() { attend_rows<R>(tile, cache, table, kv_head, soft_cap); };
     switch (num_rows) {
     case 1: return rows.template operator()<1>();
     case 2: return rows.template operator()<2>();

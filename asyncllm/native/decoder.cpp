@@ -15,6 +15,8 @@ constexpr int ROW_BLOCK = 64;       // rows that meet a group of weights while i
 constexpr int PIECES_A_THREAD = 8;  // enough for a thread that is held up to be relieved
 constexpr int MAX_TOKENS_A_PIECE = 16;
 
+enum CacheKind : int32_t { BFLOAT16_PAGES = 0, INT8_PAGES = 1 };
+
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
 
 // Kinds of phases, whose times are told apart.
@@ -35,7 +37,7 @@ struct Layer {
 
 struct Model {
     int32_t hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, block_size;
-    int32_t activation, is_gated, num_rotations;
+    int32_t activation, is_gated, num_rotations, cache_kind;
     float norm_eps, embedding_scale;
     const Layer *layers;
     Norm last_norm;
@@ -51,8 +53,8 @@ struct Step {
     const int64_t *block_table;                    // [L, columns]
     int64_t num_columns;
     const int64_t *row_slots, *query_lens, *seq_lens;  // [S]
-    const uint64_t *caches;                            // [layers]: addresses of [num_blocks, K, 2, B * D]
-    float *hidden;  // [N, hidden], written
+    const uint64_t *caches;                            // [layers]: addresses of pages, see pages.h
+    float *hidden;                                     // [N, hidden], written
 };
 
 // Grows and never shrinks; what is in it is lost by growing.
@@ -143,12 +145,15 @@ class Decoder {
         residual_.of((size_t)n * model_.hidden_size);
         branch_.of((size_t)n * model_.hidden_size);
         qkv_.of((size_t)n * num_qkv());
-        queries_.of((size_t)n * model_.num_heads * d);
+        queries_.of(n, model_.num_heads * d);
         angles_.of((size_t)model_.num_rotations * n * d);
         rows_.of(n, widest());
         wide_rows_.of(n, model_.intermediate_size);
         plan_tiles(step);
-        team_.run(8 * model_.num_layers + 4, spent, [&](Walk &walk) { walk_through(step, walk); });
+        team_.run(8 * model_.num_layers + 4, spent, [&](Walk &walk) {
+            if (model_.cache_kind == INT8_PAGES) walk_through<Int8Pages>(step, walk);
+            else walk_through<Bfloat16Pages>(step, walk);
+        });
     }
 
     void logits(const float *hidden, int num_rows, float *to) {
@@ -184,7 +189,7 @@ class Decoder {
         std::reverse(tiles_.begin(), tiles_.end());
     }
 
-    void walk_through(const Step &step, Walk &walk) {
+    template <class Pages> void walk_through(const Step &step, Walk &walk) {
         const int n = step.num_tokens, hidden = model_.hidden_size;
         float *residual = residual_.of(0), *branch = branch_.of(0);
         const Rows rows = rows_.of(0, widest()), wide = wide_rows_.of(0, model_.intermediate_size);
@@ -212,7 +217,7 @@ class Decoder {
             const Layer &layer = layers_[l];
             add_and_norm(l > 0, layer.before_attention, prepare_for(layer.qkv));
             product(walk, PRODUCTS, layer.qkv, rows, n, qkv_.of(0), num_qkv());
-            uint16_t *cache = (uint16_t *)step.caches[l];
+            const Cache<Pages> cache{(uint8_t *)step.caches[l], shape_};
             each_token(walk, ROTATION, n, [&](int t) { store_token(step, layer, cache, t); });
             const int num_tiles = (int)tiles_.size();
             walk.each(ATTENTION, num_tiles * shape_.num_kv_heads, [&](int i) {
@@ -255,47 +260,51 @@ class Decoder {
     }
 
     // Norms and turns a token's queries and keys; stores its keys and values.
-    void store_token(const Step &step, const Layer &layer, uint16_t *cache, int t) {
+    template <class Pages> void store_token(const Step &step, const Layer &layer, const Cache<Pages> &cache, int t) {
         const int d = model_.head_dim, num_heads = model_.num_heads, num_kv_heads = model_.num_kv_heads;
         float *x = qkv_.of(0) + (size_t)t * num_qkv();
         const float *cos = angles_of(layer.rotation, t, step.num_tokens), *sin = cos + d / 2;
         const simd::Floats scale = simd::all(layer.soft_cap > 0 ? layer.scale : layer.scale * simd::LOG2E);
-        uint16_t *queries = queries_.of(0) + (size_t)t * num_heads * d;
+        const Rows queries = queries_.of(0, num_heads * d);
         for (int h = 0; h < num_heads + num_kv_heads; ++h) {
             float *head = x + (size_t)h * d;
             const float *weight = h < num_heads ? layer.q_norm : layer.k_norm;
             if (weight) norm_head(head, weight, d, model_.norm_eps);
             rotate_head(head, cos, sin, d);
             if (h >= num_heads) continue;
-            for (int i = 0; i < d; i += GROUP) {
-                simd::store_bfloat16(queries + (size_t)h * d + i, simd::mul(simd::load(head + i), scale));
+            for (int i = 0; i < d; i += BLOCK) {
+                const simd::Floats first = simd::mul(simd::load(head + i), scale);
+                const simd::Floats second = simd::mul(simd::load(head + i + GROUP), scale);
+                prepare_block(queries, Pages::QUERIES, num_heads * d, t, h * d + i, first, second);
             }
         }
         const int64_t slot = step.slots[t];
         const int offset = (int)(slot % shape_.block_size);
         for (int h = 0; h < num_kv_heads; ++h) {
-            uint16_t *keys = cache + shape_.place(slot / shape_.block_size, h);
-            store_key(keys, x + (size_t)(num_heads + h) * d, offset, d);
-            store_value(keys + shape_.page_values(), x + (size_t)(num_heads + num_kv_heads + h) * d, offset, d);
+            uint8_t *keys = cache.page(slot / shape_.block_size, h, offset);
+            Pages::store_key(keys, x + (size_t)(num_heads + h) * d, offset % PAGE, d);
+            Pages::store_value(keys + Pages::key_bytes(d), x + (size_t)(num_heads + num_kv_heads + h) * d, offset % PAGE, d);
         }
     }
 
     // Attends, and leaves the result as the output projection wants it.
-    void attend_tile(const Step &step, const Layer &layer, const uint16_t *cache, const Rows &rows, const TilePlace &place,
-                     int kv_head) {
+    template <class Pages>
+    void attend_tile(const Step &step, const Layer &layer, const Cache<Pages> &cache, const Rows &rows,
+                     const TilePlace &place, int kv_head) {
         const int d = model_.head_dim, group = shape_.group();
         const int before = (int)(step.seq_lens[place.row] - step.query_lens[place.row]);
         alignas(64) float outputs[Tile::MAX_ROWS * MAX_HEAD_DIM];
         Tile tile;
+        tile.queries = queries_.of(0, model_.num_heads * d);
         for (int r = 0; r < place.num_rows; ++r) {
             const int query = place.first + r, t = query / group, head = kv_head * group + query % group;
-            tile.queries[r] = queries_.of(0) + ((size_t)(place.token + t) * model_.num_heads + head) * d;
+            tile.places[r] = ((size_t)(place.token + t) * model_.num_heads + head) * d;
             tile.ends[r] = before + t + 1;
             tile.starts[r] = layer.window ? std::max(0, tile.ends[r] - layer.window) : 0;
             tile.outputs[r] = outputs + r * d;
         }
         const int64_t *table = step.block_table + step.row_slots[place.row] * step.num_columns;
-        attend(tile, place.num_rows, shape_, cache, table, kv_head, layer.soft_cap);
+        attend(tile, place.num_rows, cache, table, kv_head, layer.soft_cap);
         const int width = model_.num_heads * d;
         for (int r = 0; r < place.num_rows; ++r) {
             const int query = place.first + r, token = place.token + query / group, head = kv_head * group + query % group;
@@ -384,8 +393,7 @@ class Decoder {
     Team team_;
     std::vector<TilePlace> tiles_;
     Buffer<float> residual_, branch_, qkv_, angles_;
-    Buffer<uint16_t> queries_;
-    RowBuffers rows_, wide_rows_;
+    RowBuffers rows_, wide_rows_, queries_;
 };
 
 // Where a row is largest, the first place of several; 0 where nothing is a number. Counts in floats: exact to 2^24.
@@ -459,6 +467,12 @@ void asyncllm_decoder_spent(void *decoder, int64_t *to) {
 // Where each of num_rows rows of `width` floats is largest.
 void asyncllm_argmax(const float *rows, int num_rows, int width, int64_t *to) {
     for (int r = 0; r < num_rows; ++r) to[r] = argmax(rows + (size_t)r * width, width);
+}
+
+// Bytes of a page of a cache: 16 tokens of one KV head.
+int64_t asyncllm_page_bytes(int cache_kind, int head_dim) {
+    return (int64_t)(cache_kind == INT8_PAGES ? Cache<Int8Pages>::page_bytes(head_dim)
+                                              : Cache<Bfloat16Pages>::page_bytes(head_dim));
 }
 
 // Bytes that `asyncllm_pack` writes for a matrix of a kind.

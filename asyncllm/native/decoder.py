@@ -29,18 +29,26 @@ MAX_KEPT_BYTES = 64 * 2**20  # of logits, from one step to the next
 class NativeDecoder:
     """The model in C++."""
 
-    def __init__(self, model: nn.Module, library: Library, block_size: int, num_threads: int) -> None:
-        """Empties `model`, a DecoderForCausalLM. `num_threads` compute, the caller's among them."""
+    def __init__(
+        self, model: nn.Module, library: Library, block_size: int, num_threads: int, int8_cache: bool = False
+    ) -> None:
+        """Empties `model`, a DecoderForCausalLM. `num_threads` compute, the caller's among them.
+
+        `int8_cache`: keys and values are kept in 8 bits, otherwise in bfloat16.
+        """
         assert isinstance(model, DecoderForCausalLM)
         self.architecture = model.architecture
         self.num_bytes = 0  # of packed weights
+        page_bytes = library.page_bytes(c.INT8_PAGES if int8_cache else c.BFLOAT16_PAGES, self.architecture.head_dim)
+        # Of a layer's cache, which is uint8 [num_blocks, this].
+        self.block_bytes = self.architecture.num_kv_heads * block_size // c.PAGE * page_bytes
         self._library = library
         self._owned: list[Any] = []  # what the structures point to
         self._decoder: int | None = None
         self._logits = torch.empty(0)  # of earlier steps: pages of fresh memory would cost more than to fill them
         self._arena = _Arena(_most_bytes(model, library))
         with torch.inference_mode():
-            structure = self._describe(model, block_size)
+            structure = self._describe(model, block_size, int8_cache)
         self._decoder = library.decoder_new(ctypes.byref(structure), num_threads)
         if self._decoder is None:
             raise MemoryError
@@ -53,7 +61,7 @@ class NativeDecoder:
             self._library.decoder_delete(self._decoder)
 
     def forward(self, input_ids: Tensor, metadata: AttentionMetadata, kv_caches: list[Tensor]) -> Tensor:  # hot
-        """[N] int64 -> [N, hidden] float32; stores keys and values in `kv_caches`, in an order of its own."""
+        """[N] int64 -> [N, hidden] float32; stores keys and values in `kv_caches`, [num_blocks, block_bytes] each."""
         hidden = torch.empty((len(input_ids), self.architecture.hidden_size), dtype=torch.float32)
         query_lens = np.array(metadata.query_lens, dtype=np.int64)
         caches = np.array([cache.data_ptr() for cache in kv_caches], dtype=np.uint64)
@@ -96,7 +104,7 @@ class NativeDecoder:
         self._library.decoder_spent(self._decoder, nanoseconds)
         return {part: spent / 1e9 for part, spent in zip(c.PARTS, nanoseconds)}
 
-    def _describe(self, model: DecoderForCausalLM, block_size: int) -> c.Model:
+    def _describe(self, model: DecoderForCausalLM, block_size: int, int8_cache: bool) -> c.Model:
         a, decoder = self.architecture, model.model
         layers = [cast(DecoderLayer, layer) for layer in decoder.layers]
         rotaries = list(dict.fromkeys(layer.self_attn.rotary for layer in layers))
@@ -116,6 +124,7 @@ class NativeDecoder:
             activation=c.ACTIVATIONS.index(a.activation),
             is_gated=a.gated_mlp,
             num_rotations=len(rotaries),
+            cache_kind=c.INT8_PAGES if int8_cache else c.BFLOAT16_PAGES,
             norm_eps=a.rms_norm_eps,
             embedding_scale=decoder.embed_tokens.scale,
             layers=described,

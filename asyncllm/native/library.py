@@ -25,11 +25,12 @@ BUILDS = (
 
 BFLOAT16, FOUR_BIT, EIGHT_BIT = range(3)  # Matrix.kind
 STORED = {"BF16": (0, BFLOAT16), "Q4_0": (1, FOUR_BIT), "Q4_1": (2, FOUR_BIT), "Q8_0": (3, EIGHT_BIT)}
+BFLOAT16_PAGES, INT8_PAGES = range(2)  # Model.cache_kind
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 PARTS = ("embedding", "norms", "products", "rotation", "attention", "mlp", "head")  # whose times are told apart
 ROW_MULTIPLE = 32  # of inputs of every matrix, and of a head's dimensions
 MAX_HEAD_DIM = 512
-PAGE = 16  # tokens that a cache block must be a multiple of
+PAGE = 16  # tokens of a page of the cache, and what a block is a multiple of
 
 
 class Matrix(ctypes.Structure):
@@ -82,6 +83,7 @@ class Model(ctypes.Structure):
                 "activation",
                 "is_gated",
                 "num_rotations",
+                "cache_kind",
             )
         ),
         ("norm_eps", ctypes.c_float),
@@ -140,6 +142,8 @@ class Library:
         self.decoder_spent.restype, self.decoder_spent.argtypes = None, [pointer, pointer]
         self.argmax = functions.asyncllm_argmax
         self.argmax.restype, self.argmax.argtypes = None, [pointer, integer, integer, pointer]
+        self.page_bytes = functions.asyncllm_page_bytes
+        self.page_bytes.restype, self.page_bytes.argtypes = ctypes.c_int64, [integer, integer]
         self.packed_bytes = functions.asyncllm_packed_bytes
         self.packed_bytes.restype, self.packed_bytes.argtypes = ctypes.c_int64, [integer, integer, integer]
         self.pack = functions.asyncllm_pack
@@ -185,8 +189,10 @@ def why_not(architecture: ModelArchitecture, block_size: int) -> str:
     if a.experts is not None:
         return "the model has experts"
     sizes = (a.hidden_size, a.intermediate_size, a.head_dim)
-    if any(size % ROW_MULTIPLE for size in sizes) or a.head_dim > MAX_HEAD_DIM:
+    if any(size % ROW_MULTIPLE for size in sizes):
         return f"not all of hidden size, intermediate size and head size {sizes} are multiples of {ROW_MULTIPLE}"
+    if a.head_dim > MAX_HEAD_DIM:
+        return f"the head size {a.head_dim} is above {MAX_HEAD_DIM}"
     if block_size % PAGE:
         return f"cache.block_size is not a multiple of {PAGE}"
     return ""

@@ -48,6 +48,7 @@ struct Rows {
 };
 
 constexpr int MARK_ROWS = 8;
+constexpr int FINE_BITS = 7;
 constexpr float LARGE = 1.5f;  // times the root mean square of all blocks' largest values: a tenth of them is above
 
 inline size_t mark_place(int row, int num_blocks, int block) {
@@ -65,7 +66,7 @@ inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, si
         return;
     }
     const float most = largest(max(abs(first), abs(second)));
-    const float steps = is_fine ? 127.0f * 128.0f : 127.0f;
+    const float steps = is_fine ? 127.0f * (1 << FINE_BITS) : 127.0f;
     const Floats factor = all(most > 0 ? steps / most : 0.0f);
     Ints low = rounded(mul(first, factor)), high = rounded(mul(second, factor));
     const int32_t total = sum(low) + sum(high);
@@ -75,15 +76,16 @@ inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, si
     rows.totals[block] = total;
     rows.marks[mark_place(row, k / BLOCK, at / BLOCK)] = is_fine;
     if (is_fine) {
-        const Ints low_part = over_128(low), high_part = over_128(high);
-        store_int8(rows.fine + place, minus_times_128(low, low_part));
-        store_int8(rows.fine + place + LANES, minus_times_128(high, high_part));
+        const Ints half = ints(1 << (FINE_BITS - 1));
+        const Ints low_part = shifted_right(add(low, half), FINE_BITS), high_part = shifted_right(add(high, half), FINE_BITS);
+        store_bytes(rows.fine + place, sub(low, shifted_left(low_part, FINE_BITS)));
+        store_bytes(rows.fine + place + LANES, sub(high, shifted_left(high_part, FINE_BITS)));
         low = low_part, high = high_part;
         rows.totals[block] = sum(low) + sum(high);
-        rows.fine_totals[block] = total - 128 * rows.totals[block];
+        rows.fine_totals[block] = total - (1 << FINE_BITS) * rows.totals[block];
     }
-    store_int8(rows.quants + place, low);
-    store_int8(rows.quants + place + LANES, high);
+    store_bytes(rows.quants + place, low);
+    store_bytes(rows.quants + place + LANES, high);
 }
 
 // A whole row, whose largest blocks are made fine.
@@ -127,7 +129,7 @@ inline void multiply_four_bit(const Matrix &w, const Rows &x, int row, int g, fl
     for (int r = 0; r < R; ++r) y[r] = zero();
     for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[FOUR_BIT]) {
         Ints products[R];
-        for (int r = 0; r < R; ++r) products[r] = no_ints();
+        for (int r = 0; r < R; ++r) products[r] = ints(0);
         const auto add_products = [&](auto &&inputs_of) {
             for (int eight = 0; eight < 4; ++eight) {
                 const Ints both = load_bytes(at + 64 + 64 * eight), low = low_halves(both), high = high_halves(both);
@@ -143,9 +145,9 @@ inline void multiply_four_bit(const Matrix &w, const Rows &x, int row, int g, fl
         const Floats offset = load_float16((const uint16_t *)at + GROUP);
         if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
             // Rows that are not marked have zeros here, and what they come to stays the same to the last bit.
-            for (int r = 0; r < R; ++r) products[r] = times_128_plus(products[r], no_ints());
+            for (int r = 0; r < R; ++r) products[r] = shifted_left(products[r], FINE_BITS);
             add_products([&](int r) { return marks >> (8 * r) & 1 ? fine + (size_t)r * w.k + b * BLOCK : ZEROS; });
-            scale = mul(scale, all(1.0f / 128));
+            scale = mul(scale, all(1.0f / (1 << FINE_BITS)));
         }
         for (int r = 0; r < R; ++r) {
             const Floats both_scales = mul(scale, all(scales[r * num_blocks + b]));
@@ -183,10 +185,10 @@ inline void multiply_eight_bit(const Matrix &w, const Rows &x, int row, int g, f
         if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
             for (int r = 0; r < R; ++r) {
                 const int32_t total = marks >> (8 * r) & 1 ? fine_totals[r * num_blocks + b] : 0;
-                products[r] = times_128_plus(products[r], begin_signed(total));
+                products[r] = add(shifted_left(products[r], FINE_BITS), begin_signed(total));
             }
             add_products([&](int r) { return marks >> (8 * r) & 1 ? fine + (size_t)r * w.k + b * BLOCK : ZEROS; });
-            scale = mul(scale, all(1.0f / 128));
+            scale = mul(scale, all(1.0f / (1 << FINE_BITS)));
         }
         for (int r = 0; r < R; ++r) {
             y[r] = fma(mul(scale, all(scales[r * num_blocks + b])), to_floats(products[r]), y[r]);

@@ -38,7 +38,7 @@ inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Ints rounded(Floats a) { return _mm512_cvtps_epi32(a); }
 inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a); }
-inline void store_int8(int8_t *to, Ints a) { _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(a)); }
+inline void store_bytes(void *to, Ints a) { _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(a)); }  // lowest of each
 inline Floats load_float16(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 
 // 2^x. Of x's fraction the Taylor series of 2^f = e^(f ln 2), |f| <= 1/2: off by 2e-7 at most.
@@ -76,10 +76,17 @@ using Bytes = Ints;
 inline Bytes load_signed(const void *from) { return _mm512_xor_si512(load_bytes(from), _mm512_set1_epi8(-128)); }
 inline Ints begin_signed(int32_t sum_of_x) { return _mm512_set1_epi32(-128 * sum_of_x); }
 inline Ints dot_signed(Ints sums, Bytes a, int32_t x) { return _mm512_dpbusd_epi32(sums, a, _mm512_set1_epi32(x)); }
-inline Ints no_ints() { return _mm512_setzero_si512(); }
-inline Ints times_128_plus(Ints a, Ints b) { return _mm512_add_epi32(_mm512_slli_epi32(a, 7), b); }
-inline Ints over_128(Ints a) { return _mm512_srai_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(64)), 7); }  // to nearest
-inline Ints minus_times_128(Ints a, Ints b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 7)); }
+
+// The same for four unsigned bytes x, each below 2^UNSIGNED_BITS.
+constexpr int UNSIGNED_BITS = 8;
+inline Ints dot_unsigned(Ints sums, int32_t x, Ints a) { return _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(x), a); }
+
+inline Ints ints(int32_t value) { return _mm512_set1_epi32(value); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints shifted_left(Ints a, int bits) { return _mm512_slli_epi32(a, bits); }
+inline Ints shifted_right(Ints a, int bits) { return _mm512_srai_epi32(a, bits); }
+inline Ints bits_of(Ints a, Ints mask) { return _mm512_and_si512(a, mask); }
 
 #if defined(__AVX512BF16__)
 inline Floats dot_bfloat16(Floats sums, Ints a, uint32_t x) {
@@ -148,7 +155,7 @@ inline int32_t sum(Ints a) {
     b = _mm_add_epi32(b, _mm_unpackhi_epi64(b, b));
     return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 1)));
 }
-inline void store_int8(int8_t *to, Ints a) {
+inline void store_bytes(void *to, Ints a) {  // of each lane, which must be in an int8's range
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0xd8);
     _mm_storeu_si128((__m128i *)to, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
@@ -198,19 +205,14 @@ inline Ints low_halves(Ints a) {
     return {_mm256_and_si256(a.low, mask), _mm256_and_si256(a.high, mask)};
 }
 inline Ints high_halves(Ints a) { return low_halves({_mm256_srli_epi16(a.low, 4), _mm256_srli_epi16(a.high, 4)}); }
-inline Ints no_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Ints times_128_plus(Ints a, Ints b) {
-    return {_mm256_add_epi32(_mm256_slli_epi32(a.low, 7), b.low), _mm256_add_epi32(_mm256_slli_epi32(a.high, 7), b.high)};
-}
-inline Ints over_128(Ints a) {
-    const __m256i half = _mm256_set1_epi32(64);
-    return {_mm256_srai_epi32(_mm256_add_epi32(a.low, half), 7), _mm256_srai_epi32(_mm256_add_epi32(a.high, half), 7)};
-}
-inline Ints minus_times_128(Ints a, Ints b) {
-    return {_mm256_sub_epi32(a.low, _mm256_slli_epi32(b.low, 7)), _mm256_sub_epi32(a.high, _mm256_slli_epi32(b.high, 7))};
-}
+inline Ints ints(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+inline Ints sub(Ints a, Ints b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
+inline Ints shifted_left(Ints a, int bits) { return {_mm256_slli_epi32(a.low, bits), _mm256_slli_epi32(a.high, bits)}; }
+inline Ints shifted_right(Ints a, int bits) { return {_mm256_srai_epi32(a.low, bits), _mm256_srai_epi32(a.high, bits)}; }
+inline Ints bits_of(Ints a, Ints mask) { return {_mm256_and_si256(a.low, mask.low), _mm256_and_si256(a.high, mask.high)}; }
 
-// Sums of pairs fit into 16 bits: 2 * 15 * 127, and 2 * 128 * 127 below.
+// Sums of pairs fit into 16 bits: 2 * 15 * 127, and 2 * 128 * 127 of what follows.
 inline __m256i dot_bytes(__m256i sums, __m256i a, __m256i x) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(a, x), _mm256_set1_epi16(1)));
 }
@@ -224,11 +226,16 @@ inline Bytes load_signed(const void *from) {
     const Ints a = load_bytes(from);
     return {a, {_mm256_abs_epi8(a.low), _mm256_abs_epi8(a.high)}};
 }
-inline Ints begin_signed(int32_t) { return no_ints(); }
+inline Ints begin_signed(int32_t) { return ints(0); }
 inline Ints dot_signed(Ints sums, const Bytes &a, int32_t x) {
     const __m256i b = _mm256_set1_epi32(x);
     return {dot_bytes(sums.low, a.magnitude.low, _mm256_sign_epi8(b, a.value.low)),
             dot_bytes(sums.high, a.magnitude.high, _mm256_sign_epi8(b, a.value.high))};
+}
+constexpr int UNSIGNED_BITS = 7;
+inline Ints dot_unsigned(Ints sums, int32_t x, Ints a) {
+    const __m256i b = _mm256_set1_epi32(x);
+    return {dot_bytes(sums.low, b, a.low), dot_bytes(sums.high, b, a.high)};
 }
 inline __m256 dot_bfloat16_of_eight(__m256 sums, __m256i a, uint32_t x) {
     const __m256i high = _mm256_set1_epi32((int)0xffff0000), b = _mm256_set1_epi32((int)x);

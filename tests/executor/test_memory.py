@@ -55,21 +55,21 @@ def config(cache=CacheConfig(), model=ModelConfig(), scheduler=SchedulerConfig()
     ],
 )
 def test_cache_size_follows_the_settings_and_the_free_memory(cache, available_gib, on_gpu, expected_blocks):
-    plan = plan_cache(SMOL, config(cache), 2, room_of(available_gib, on_gpu, config(cache)))
+    plan = plan_cache(SMOL, config(cache), SMOL.kv_bytes_per_token(2), room_of(available_gib, on_gpu, config(cache)))
     assert plan.capacity.num_blocks == expected_blocks
     assert plan.num_bytes == expected_blocks * BLOCK_BYTES <= available_gib * GIB
 
 
 def test_a_gpu_gives_its_share_less_what_is_in_use_and_what_steps_need():
     settings = config(CacheConfig(memory_fraction=0.8))
-    plan = plan_cache(SMOL, settings, 2, gpu_room(SMOL, settings, 2, 40 * GIB, 3 * GIB, GIB))
+    plan = plan_cache(SMOL, settings, SMOL.kv_bytes_per_token(2), gpu_room(SMOL, settings, 2, 40 * GIB, 3 * GIB, GIB))
     budget = 0.8 * 40 * GIB - 4 * GIB
     assert budget - BLOCK_BYTES < plan.num_bytes <= budget
     assert plan.summary.endswith("(0.8 of 40.00 GiB, less 3.00 GiB in use and 1.00 GiB kept for steps)")
 
 
 def test_a_huge_gpu_gets_no_more_blocks_than_all_sequences_at_full_length_can_fill():
-    plan = plan_cache(SMOL, config(), 2, gpu_room(SMOL, config(), 2, 140 * GIB, GIB, GIB))
+    plan = plan_cache(SMOL, config(), SMOL.kv_bytes_per_token(2), gpu_room(SMOL, config(), 2, 140 * GIB, GIB, GIB))
     assert plan.capacity.num_blocks == 256 * 8192 // 16 + 1
 
 
@@ -88,14 +88,14 @@ def test_a_step_through_experts_keeps_what_each_choice_computes():
 
 
 def test_summary_says_what_fits_in_words():
-    plan = plan_cache(SMOL, config(), 2, cpu_room(64 * GIB))
+    plan = plan_cache(SMOL, config(), SMOL.kv_bytes_per_token(2), cpu_room(64 * GIB))
     assert plan.summary == "KV: 46,576 tokens in 1.00 GiB; 256 sequences of 181"
     assert plan.capacity.num_kv_tokens == 46_576
     assert plan.capacity.max_context_length == 8192
 
 
 def test_context_shrinks_to_what_fits_and_the_summary_says_so():
-    plan = plan_cache(SMOL, config(CacheConfig(num_blocks=100)), 2, cpu_room(GIB))
+    plan = plan_cache(SMOL, config(CacheConfig(num_blocks=100)), SMOL.kv_bytes_per_token(2), cpu_room(GIB))
     assert plan.capacity.max_context_length == 1600
     assert plan.summary.endswith("context limited to 1,600 of the model's 8,192 tokens: raise cache.memory_gib")
 
@@ -119,7 +119,7 @@ def test_context_shrinks_to_what_fits_and_the_summary_says_so():
 )
 def test_what_does_not_fit_is_refused_with_the_keys_to_change(settings, available_gib, on_gpu, words):
     with pytest.raises(StartupError) as caught:
-        plan_cache(SMOL, settings, 2, room_of(available_gib, on_gpu, settings))
+        plan_cache(SMOL, settings, SMOL.kv_bytes_per_token(2), room_of(available_gib, on_gpu, settings))
     assert "\n" not in caught.value.message
     for word in words:
         assert word in caught.value.message

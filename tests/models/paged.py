@@ -28,14 +28,25 @@ class PagedRunner:
         self.fused = not native and model.attention.fused  # type: ignore[attr-defined]
         self.device = torch.device("cpu") if native else model.model.embed_tokens.weight.device  # type: ignore[attr-defined]
         self.block_size = block_size
-        shape = (2, num_blocks, a.num_kv_heads, block_size, a.head_dim)
         # Rubbish instead of zeros: what nobody wrote must not be read. Kernels do not even touch it.
-        rubbish = torch.nan if self.fused or native else 100.0
-        self.kv_caches = [torch.full(shape, rubbish, dtype=dtype, device=self.device) for _ in range(a.num_layers)]
+        if isinstance(model, NativeDecoder):
+            self.kv_caches = [
+                torch.empty(num_blocks, model.block_bytes, dtype=torch.uint8) for _ in range(a.num_layers)
+            ]
+            self.fill(torch.nan)
+        else:
+            shape = (2, num_blocks, a.num_kv_heads, block_size, a.head_dim)
+            rubbish = torch.nan if self.fused else 100.0
+            self.kv_caches = [torch.full(shape, rubbish, dtype=dtype, device=self.device) for _ in range(a.num_layers)]
         self.free_blocks = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free_blocks)
         self.blocks: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
+
+    def fill(self, rubbish: float) -> None:
+        """Fill a native decoder's caches, scales and values alike."""
+        for cache in self.kv_caches:
+            cache.view(torch.float32).fill_(rubbish)
 
     def step(self, rows: list[tuple[str, list[int]]]) -> list[torch.Tensor]:
         """Compute one step, one-token rows first; logits [tokens, V] of each row."""

@@ -86,7 +86,7 @@ def test_what_they_cannot_runs_on_torch_and_is_refused_by_name(
         ),
         ({"intermediate_size": 80}, "(64, 80, 32) are multiples of 32"),
         ({"head_dim": 48}, "(64, 96, 48) are multiples of 32"),
-        ({"head_dim": 544}, "(64, 96, 544)"),
+        ({"head_dim": 544}, "the head size 544 is above 512"),
         ({"family": "qwen3_moe"}, "the model has experts"),
     ],
 )
@@ -95,6 +95,43 @@ def test_models_of_other_shapes_are_not_for_them(tmp_path: Path, change: dict[st
     architecture = msgspec.structs.replace(open_checkpoint(str(tmp_path)).architecture, dtype="bfloat16")
     found = build_native.find_native(config(tmp_path), architecture, on_gpu=False)
     assert isinstance(found, str) and reason in found
+
+
+def with_cache(config: Config, dtype: str) -> Config:
+    return msgspec.structs.replace(config, cache=msgspec.structs.replace(config.cache, kv_cache_dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "expected"),
+    [
+        (Kind.Q4_1, "auto", True),
+        (Kind.Q8_0, "auto", True),
+        (Kind.Q8_0, "model", False),
+        (Kind.BF16, "auto", False),
+        (Kind.BF16, "int8", True),
+    ],
+)
+def test_quantized_weights_have_keys_and_values_in_8_bits_unless_told_otherwise(
+    tmp_path: Path, best_library: Library, kind: Kind, dtype: str, expected: bool
+) -> None:
+    save_gguf(tmp_path / "model.gguf", llama(**SIZES), kind)
+    settings = with_cache(config(tmp_path), dtype)
+    executor = built(settings)
+    a, capacity = executor.model.architecture, executor.capacity
+    wide = 2 * 2 * 16 * a.num_kv_heads * a.head_dim
+    assert [cache.nbytes < 0.6 * capacity.num_blocks * wide for cache in executor.kv_caches] == [
+        expected
+    ] * a.num_layers
+    assert ("in 8 bits" in executor.facts["kv"]) == expected
+    # What start-up plans with is what there is.
+    num_bytes = sum(cache.nbytes for cache in executor.kv_caches) // (capacity.num_blocks * capacity.block_size)
+    assert build_native.native_kv_bytes_per_token(settings, open_checkpoint(str(tmp_path)), best_library) == num_bytes
+
+
+def test_8_bits_without_the_kernels_are_refused_with_the_reason(directory: Path) -> None:
+    asked = with_cache(config(directory, backend="torch"), "int8")
+    with pytest.raises(StartupError, match=r"cache\.kv_cache_dtype = int8 .*attention_backend = torch"):
+        built(asked)
 
 
 def test_torch_by_name_is_torch(directory: Path) -> None:
