@@ -36,7 +36,6 @@ from asyncllm.weights.base import Checkpoint
 if TYPE_CHECKING:
     import torch
 
-    from asyncllm.models.base import CausalLM
     from asyncllm.weights.lora_stacks import AdapterPlan
 
 # How long OpenMP threads spin for the next operation before they sleep; libgomp reads it as torch is imported. Its
@@ -84,7 +83,9 @@ def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str
             from asyncllm.executor.build_cuda import build_cuda_executor
 
             return build_cuda_executor(config, checkpoint, device, dtype, facts, report, adapters)
-        return _build_torch_executor(config, checkpoint, device, dtype, facts, report, adapters, native)
+        if isinstance(native, str):
+            return _build_torch_executor(config, checkpoint, device, dtype, facts, report, adapters)
+        return _build_native_executor(config, checkpoint, native, facts, report)
     except torch.OutOfMemoryError:
         raise StartupError(
             f"{device} ran out of memory: lower cache.memory_gib, cache.memory_fraction or scheduler.max_batched_tokens"
@@ -111,29 +112,20 @@ def _build_torch_executor(
     facts: dict[str, str],
     report: Callable[[str], None],
     adapters: "AdapterPlan | None",
-    native: Library | str,
 ) -> Executor:
-    """The CPU's executor, on native kernels where they run the model, else on plain torch; on a GPU the reference."""
+    """Plain torch: on a CPU what the native kernels cannot run, on a GPU the reference."""
     import torch
 
     from asyncllm.attention.torch_attention import TorchAttention
     from asyncllm.executor.torch_executor import TorchExecutor
-    from asyncllm.executor.warm_up import warm_up
     from asyncllm.weights.loader import load_model
     from asyncllm.weights.lora_stacks import install_adapters
 
     architecture, bytes_per_value = checkpoint.architecture, BYTES_PER_VALUE[dtype]
     report("load weights")
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    model: CausalLM
-    if isinstance(native, str):
-        model = load_model(checkpoint, TorchAttention(), torch_dtype, device)
-        mask = install_adapters(adapters, model, torch_dtype, device)
-        block_bytes, token_bytes = 0, architecture.kv_bytes_per_token(bytes_per_value)
-    else:
-        model = decoder = load_native(config, checkpoint, native, TorchAttention())
-        mask, block_bytes = None, decoder.block_bytes
-        token_bytes = native_kv_bytes_per_token(config, checkpoint, native)
+    model = load_model(checkpoint, TorchAttention(), torch_dtype, device)
+    mask = install_adapters(adapters, model, torch_dtype, device)
 
     report("allocate kv cache")
     if device.type == "cuda":
@@ -143,11 +135,30 @@ def _build_torch_executor(
         facts["graphs"] = "none: executor.attention_backend = torch runs every step eagerly"
     else:
         room = cpu_room(host.available_memory_bytes())
-    plan = plan_cache(architecture, config, token_bytes, room)
+    plan = plan_cache(architecture, config, architecture.kv_bytes_per_token(bytes_per_value), room)
     facts["kv"] = plan.summary
-    if not isinstance(native, str) and has_int8_cache(config, checkpoint):
-        facts["kv"] += "; in 8 bits"
-    executor = TorchExecutor(model, architecture, plan.capacity, device, torch_dtype, facts, mask, block_bytes)
+    return _warmed(TorchExecutor(model, architecture, plan.capacity, device, torch_dtype, facts, mask), config, report)
+
+
+def _build_native_executor(
+    config: Config, checkpoint: Checkpoint, library: Library, facts: dict[str, str], report: Callable[[str], None]
+) -> Executor:
+    """A CPU's, on native kernels."""
+    from asyncllm.attention.torch_attention import TorchAttention
+    from asyncllm.executor.native_executor import NativeExecutor
+
+    report("load weights")
+    model = load_native(config, checkpoint, library, TorchAttention())
+
+    report("allocate kv cache")
+    token_bytes = native_kv_bytes_per_token(config, checkpoint, library)
+    plan = plan_cache(checkpoint.architecture, config, token_bytes, cpu_room(host.available_memory_bytes()))
+    facts["kv"] = plan.summary + ("; in 8 bits" if has_int8_cache(config, checkpoint) else "")
+    return _warmed(NativeExecutor(model, plan.capacity, facts), config, report)
+
+
+def _warmed(executor: Executor, config: Config, report: Callable[[str], None]) -> Executor:
+    from asyncllm.executor.warm_up import warm_up
 
     report("warm up")
     warm_up(executor, config.scheduler.max_batched_tokens)

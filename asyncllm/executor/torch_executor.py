@@ -15,7 +15,7 @@ from torch import Tensor
 from asyncllm.executor import logprobs
 from asyncllm.executor.base import CPU_BALANCE_TOKENS, CPU_PROMPT_TOKENS, GPU_BALANCE_TOKENS, StepPlan, StepResult
 from asyncllm.executor.drafts import by_row, draft_arrays, settle
-from asyncllm.executor.inputs import StepInputs, build_inputs
+from asyncllm.executor.inputs import RowArrays, SamplingPlaces, build_inputs
 from asyncllm.executor.logprobs import Scores
 from asyncllm.executor.pooling import pool
 from asyncllm.executor.sampler import Sampler
@@ -94,8 +94,7 @@ class TorchExecutor:
         self.capacity = capacity
         self.facts = facts
         self.most_prompt_tokens = CPU_PROMPT_TOKENS if device.type == "cpu" else sys.maxsize
-        on_torch = CPU_BALANCE_TOKENS if device.type == "cpu" else GPU_BALANCE_TOKENS
-        self.balance_tokens: int = getattr(model, "balance_tokens", on_torch)
+        self.balance_tokens = CPU_BALANCE_TOKENS if device.type == "cpu" else GPU_BALANCE_TOKENS
         self._device = device
         self._adapters = adapters
         # Per layer [2, num_blocks, K, B, D], or bytes [num_blocks, block_bytes].
@@ -112,27 +111,26 @@ class TorchExecutor:
         self.slots = SlotState(capacity, device)
         self._sampler = Sampler(capacity.vocab_size, self.slots, device)
         self._rows: SamplingRows | None = None
-        self._rows_key: tuple[int, list[int]] = (-1, [])  # slots' version and slot ids that _rows was gathered for
+        self._rows_key = (-1, b"")  # slots' version and slot ids that _rows was gathered for
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> TorchStep:  # hot
         """Compute the step. On a GPU the kernels may still run when this returns."""
         self.slots.apply(plan.new_slots, plan.block_writes)
-        inputs = build_inputs(plan, self.slots, self.capacity.block_size, self._device)
-        if self._adapters is not None:
-            self._choose_adapters(self._adapters, plan)
-        hidden = self.model.forward(inputs.input_ids, inputs.metadata, self.kv_caches)  # [N, hidden]
-        token_ids, scores = self._sample(plan, inputs, hidden)
+        rows = RowArrays.of(plan)
+        places = rows.sampling(plan)
+        hidden = self._forward(plan, rows, places)
+        token_ids, scores = self._sample(plan, places, hidden)
         return TorchStep(
             num_rows=len(plan.slots),
-            rows=inputs.sampling_rows,
+            rows=places.rows.tolist(),
             token_ids=token_ids,
             scored_rows=plan.logprob_rows,
             scores=scores,
             scored_prompts=plan.prompt_logprob_rows,
-            prompt_scores=self._score_prompts(plan, inputs, hidden) if plan.prompt_logprob_rows else None,
+            prompt_scores=self._score_prompts(plan, places, hidden) if plan.prompt_logprob_rows else None,
             pooled_rows=plan.pooled_rows,
-            pooled=pool(hidden, plan.pooled_rows, inputs.query_starts) if plan.pooled_rows else None,
+            pooled=pool(hidden, plan.pooled_rows, places.query_starts) if plan.pooled_rows else None,
             drafts=plan.drafts,
         )
 
@@ -145,6 +143,14 @@ class TorchExecutor:
         self.kv_caches.clear()
         del self.model
 
+    def _forward(self, plan: StepPlan, rows: RowArrays, places: SamplingPlaces) -> Tensor:
+        """Hidden states of all query tokens, [N, hidden]."""
+        block_size = self.capacity.block_size
+        input_ids, metadata = build_inputs(plan, rows, places.query_starts, self.slots, block_size, self._device)
+        if self._adapters is not None:
+            self._choose_adapters(self._adapters, plan)
+        return self.model.forward(input_ids, metadata, self.kv_caches)
+
     def _choose_adapters(self, mask: AdapterMask, plan: StepPlan) -> None:
         """Whose each token is; a step without any adapter does without their products."""
         adapters = self.slots.adapters[plan.slots]  # [S]
@@ -153,44 +159,43 @@ class TorchExecutor:
         else:
             mask.choose(None)
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> tuple[Tensor | None, Scores | None]:
+    def _sample(self, plan: StepPlan, places: SamplingPlaces, hidden: Tensor) -> tuple[Tensor | None, Scores | None]:
         """Sample the rows that want a token and remember it in their slots: ids [R] and scores of those who asked."""
-        rows = inputs.sampling_rows
-        if not rows:
+        if not len(places.rows):
             return None, None
-        if inputs.sampling_tokens is not None:
-            hidden = hidden.index_select(0, inputs.sampling_tokens)
+        if places.tokens is not None:
+            hidden = hidden.index_select(0, self._array(places.tokens))
         logits = self.model.compute_logits(hidden).float()  # [R, V]
         has_extras = plan.banned or plan.masks or plan.logprob_rows
-        index_of = {row: index for index, row in enumerate(rows)} if has_extras else {}
+        index_of = {row: index for index, row in enumerate(places.rows.tolist())} if has_extras else {}
         raw, scored = None, None
         if plan.logprob_rows:
             scored = self._index([index_of[row] for row in plan.logprob_rows])
             raw = logits.index_select(0, scored)  # a copy: sampling overwrites the logits
         banned = {index_of[row]: token_ids for row, token_ids in plan.banned.items()}
         masks = {index_of[row]: mask for row, mask in plan.masks.items()}
-        token_ids = self._sampler.sample(logits, self._sampling_rows(inputs), inputs.sample_positions, banned, masks)
-        self.slots.last_token.index_copy_(0, inputs.sampling_slot_index, token_ids)
+        token_ids = self._sampler.sample(logits, self._sampling_rows(places.slots), places.positions, banned, masks)
+        self.slots.last_token.index_copy_(0, self._array(places.slots), token_ids)
         if plan.drafts:
-            drafts = (self._array(array) for array in draft_arrays(plan, np.array(rows)))
+            drafts = (self._array(array) for array in draft_arrays(plan, places.rows))
             settle(token_ids, self.slots.last_token, *drafts)
         if raw is None or scored is None:
             return token_ids, None
         return token_ids, logprobs.score(raw, token_ids.index_select(0, scored), max(plan.logprob_rows.values()))
 
-    def _sampling_rows(self, inputs: StepInputs) -> SamplingRows:
+    def _sampling_rows(self, slots: npt.NDArray[np.int64]) -> SamplingRows:
         """Parameters of the rows that sample, gathered anew only when another set of sequences runs."""
-        key = (self.slots.version, inputs.sampling_slots)
+        key = (self.slots.version, slots.tobytes())
         if self._rows is None or key != self._rows_key:
-            self._rows = gather_rows(self.slots, inputs.sampling_slots, self.capacity.vocab_size, self._device)
-            self._rows_key = (self.slots.version, list(inputs.sampling_slots))  # the plan's list is its owner's
+            self._rows = gather_rows(self.slots, slots.tolist(), self.capacity.vocab_size, self._device)
+            self._rows_key = key
         return self._rows
 
-    def _score_prompts(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> Scores:
+    def _score_prompts(self, plan: StepPlan, places: SamplingPlaces, hidden: Tensor) -> Scores:
         """Score prompt tokens, [sum of targets], in the order of plan.prompt_logprob_rows."""
         wanted = plan.prompt_logprob_rows
         tokens = [
-            int(inputs.query_starts[row]) + i for row, (_, targets) in wanted.items() for i in range(len(targets))
+            int(places.query_starts[row]) + i for row, (_, targets) in wanted.items() for i in range(len(targets))
         ]
         targets = [target for _, row_targets in wanted.values() for target in row_targets]
         num_alternatives = max(k for k, _ in wanted.values())

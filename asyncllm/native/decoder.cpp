@@ -47,14 +47,17 @@ struct Model {
     const float *amplitudes;          // [num_rotations, D / 2]
 };
 
+// S rows of query tokens that follow each other in a sequence, N in all. Rows that decode come first: they have one each,
+// the last of their slot.
 struct Step {
-    int32_t num_tokens, num_rows;
-    const int64_t *token_ids, *positions, *slots;  // [N]; slots: block * block_size + offset
-    const int64_t *block_table;                    // [L, columns]
+    int32_t num_rows, num_decode_rows, num_tokens;
+    const int64_t *slots, *computed, *query_lens;  // [S]; computed: tokens whose keys are in the cache before the step
+    const int64_t *last_tokens;                    // [L], by slot; not read where no row decodes
+    const int64_t *token_ids;                      // of all other rows
+    const int64_t *block_table;                    // [L, columns], by slot
     int64_t num_columns;
-    const int64_t *row_slots, *query_lens, *seq_lens;  // [S]
-    const uint64_t *caches;                            // [layers]: addresses of pages, see pages.h
-    float *hidden;                                     // [N, hidden], written
+    const uint64_t *caches;  // [layers]: addresses of pages, see pages.h
+    float *hidden;           // [N, hidden], written
 };
 
 // Grows and never shrinks; what is in it is lost by growing.
@@ -149,6 +152,7 @@ class Decoder {
         angles_.of((size_t)model_.num_rotations * n * d);
         rows_.of(n, widest());
         wide_rows_.of(n, model_.intermediate_size);
+        place_tokens(step);
         plan_tiles(step);
         team_.run(8 * model_.num_layers + 4, spent, [&](Walk &walk) {
             if (model_.cache_kind == INT8_PAGES) walk_through<Int8Pages>(step, walk);
@@ -169,12 +173,32 @@ class Decoder {
     int64_t spent[NUM_PARTS] = {};  // nanoseconds of the caller's, by part
 
   private:
+    struct Token {
+        int64_t id, position, block;  // the block of the cache that has its keys
+    };
+
     struct TilePlace {
         int row, token, first, num_rows;  // of the step; the tile's first query: a token and a head of it, counted through
     };
 
     int num_qkv() const { return (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim; }
     int widest() const { return std::max(model_.hidden_size, model_.num_heads * model_.head_dim); }
+
+    const int64_t *blocks_of(const Step &step, int row) const {
+        return step.block_table + step.slots[row] * step.num_columns;
+    }
+
+    void place_tokens(const Step &step) {
+        tokens_.clear();
+        for (int row = 0; row < step.num_rows; ++row) {
+            for (int64_t i = 0; i < step.query_lens[row]; ++i) {
+                const int64_t id = row < step.num_decode_rows ? step.last_tokens[step.slots[row]]
+                                                              : step.token_ids[tokens_.size() - step.num_decode_rows];
+                const int64_t position = step.computed[row] + i;
+                tokens_.push_back({id, position, blocks_of(step, row)[position / shape_.block_size]});
+            }
+        }
+    }
 
     // The queries of a row that one KV head serves, in tiles: tokens one after the other, the heads of each side by side.
     void plan_tiles(const Step &step) {
@@ -238,8 +262,8 @@ class Decoder {
     // The embedding of a token, and the cosines and sines of its position.
     void begin_token(const Step &step, int t, float *residual) {
         const int hidden = model_.hidden_size, half = model_.head_dim / 2;
-        const int64_t position = step.positions[t];
-        read_row(model_.embedding, (int)step.token_ids[t], residual);
+        const int64_t position = tokens_[t].position;
+        read_row(model_.embedding, (int)tokens_[t].id, residual);
         for (int i = 0; i < hidden; ++i) residual[i] *= model_.embedding_scale;
         if (const float *learned = model_.position_embedding) {
             for (int i = 0; i < hidden; ++i) residual[i] += learned[(size_t)position * hidden + i];
@@ -278,10 +302,9 @@ class Decoder {
                 prepare_block(queries, Pages::QUERIES, num_heads * d, t, h * d + i, first, second);
             }
         }
-        const int64_t slot = step.slots[t];
-        const int offset = (int)(slot % shape_.block_size);
+        const int offset = (int)(tokens_[t].position % shape_.block_size);
         for (int h = 0; h < num_kv_heads; ++h) {
-            uint8_t *keys = cache.page(slot / shape_.block_size, h, offset);
+            uint8_t *keys = cache.page(tokens_[t].block, h, offset);
             Pages::store_key(keys, x + (size_t)(num_heads + h) * d, offset % PAGE, d);
             Pages::store_value(keys + Pages::key_bytes(d), x + (size_t)(num_heads + num_kv_heads + h) * d, offset % PAGE, d);
         }
@@ -292,7 +315,7 @@ class Decoder {
     void attend_tile(const Step &step, const Layer &layer, const Cache<Pages> &cache, const Rows &rows,
                      const TilePlace &place, int kv_head) {
         const int d = model_.head_dim, group = shape_.group();
-        const int before = (int)(step.seq_lens[place.row] - step.query_lens[place.row]);
+        const int before = (int)step.computed[place.row];
         alignas(64) float outputs[Tile::MAX_ROWS * MAX_HEAD_DIM];
         Tile tile;
         tile.queries = queries_.of(0, model_.num_heads * d);
@@ -303,8 +326,7 @@ class Decoder {
             tile.starts[r] = layer.window ? std::max(0, tile.ends[r] - layer.window) : 0;
             tile.outputs[r] = outputs + r * d;
         }
-        const int64_t *table = step.block_table + step.row_slots[place.row] * step.num_columns;
-        attend(tile, place.num_rows, cache, table, kv_head, layer.soft_cap);
+        attend(tile, place.num_rows, cache, blocks_of(step, place.row), kv_head, layer.soft_cap);
         const int width = model_.num_heads * d;
         for (int r = 0; r < place.num_rows; ++r) {
             const int query = place.first + r, token = place.token + query / group, head = kv_head * group + query % group;
@@ -391,6 +413,7 @@ class Decoder {
     std::vector<Layer> layers_;
     HeadShape shape_;
     Team team_;
+    std::vector<Token> tokens_;
     std::vector<TilePlace> tiles_;
     Buffer<float> residual_, branch_, qkv_, angles_;
     RowBuffers rows_, wide_rows_, queries_;

@@ -8,6 +8,7 @@ import ctypes
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +46,8 @@ class NativeDecoder:
         self._library = library
         self._owned: list[Any] = []  # what the structures point to
         self._decoder: int | None = None
-        self._logits = torch.empty(0)  # of earlier steps: pages of fresh memory would cost more than to fill them
+        # Of earlier steps: pages of fresh memory would cost more than to fill them.
+        self._hidden = self._logits = torch.empty(0)
         self._arena = _Arena(_most_bytes(model, library))
         with torch.inference_mode():
             structure = self._describe(model, block_size, int8_cache)
@@ -62,26 +64,31 @@ class NativeDecoder:
 
     def forward(self, input_ids: Tensor, metadata: AttentionMetadata, kv_caches: list[Tensor]) -> Tensor:  # hot
         """[N] int64 -> [N, hidden] float32; stores keys and values in `kv_caches`, [num_blocks, block_bytes] each."""
-        hidden = torch.empty((len(input_ids), self.architecture.hidden_size), dtype=torch.float32)
         query_lens = np.array(metadata.query_lens, dtype=np.int64)
-        caches = np.array([cache.data_ptr() for cache in kv_caches], dtype=np.uint64)
+        computed = np.array(metadata.seq_lens_host, dtype=np.int64) - query_lens
+        caches = addresses(kv_caches)
         step = c.Step(
-            num_tokens=len(input_ids),
             num_rows=len(query_lens),
+            num_tokens=len(input_ids),
+            slots=metadata.slots.data_ptr(),
+            computed=computed.ctypes.data,
+            query_lens=query_lens.ctypes.data,
             token_ids=input_ids.data_ptr(),
-            positions=metadata.positions.data_ptr(),
-            slots=metadata.slot_mapping.data_ptr(),
             block_table=metadata.block_table.data_ptr(),
             num_columns=metadata.block_table.shape[1],
-            row_slots=metadata.slots.data_ptr(),
-            query_lens=query_lens.ctypes.data,
-            seq_lens=metadata.seq_lens.data_ptr(),
             caches=caches.ctypes.data,
-            hidden=hidden.data_ptr(),
         )
+        return self.run(step).clone()
+
+    def run(self, step: c.Step) -> Tensor:  # hot
+        """Compute a step, all of it filled in but `hidden`: [N, hidden] float32, in memory that the next writes to."""
+        num_values = step.num_tokens * self.architecture.hidden_size
+        if num_values > len(self._hidden):
+            self._hidden = torch.empty(num_values, dtype=torch.float32)
+        step.hidden = self._hidden.data_ptr()
         if self._library.decoder_forward(self._decoder, ctypes.byref(step)):
             raise MemoryError
-        return hidden
+        return self._hidden[:num_values].view(step.num_tokens, -1)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:  # hot
         """[M, hidden] -> [M, V] float32, in memory that the next call may write to."""
@@ -181,6 +188,11 @@ class NativeDecoder:
         self._library.pack(stored, rows.rows.data_ptr(), n, k, packed.data_ptr())
         self.num_bytes += packed.nbytes
         return c.Matrix(kind, n, k, packed.data_ptr(), bias)
+
+
+def addresses(kv_caches: list[Tensor]) -> npt.NDArray[np.uint64]:
+    """Where each layer's cache is, as a `Step` has it."""
+    return np.array([cache.data_ptr() for cache in kv_caches], dtype=np.uint64)
 
 
 def _amplitude(rotary: Rotary) -> Tensor:

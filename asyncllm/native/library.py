@@ -99,19 +99,19 @@ class Model(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """The inputs of a step, and where its hidden states go."""
+    """The rows of a step, and where its hidden states go."""
 
     _fields_ = [
-        ("num_tokens", ctypes.c_int32),
         ("num_rows", ctypes.c_int32),
-        ("token_ids", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
+        ("num_decode_rows", ctypes.c_int32),
+        ("num_tokens", ctypes.c_int32),
         ("slots", ctypes.c_void_p),
+        ("computed", ctypes.c_void_p),
+        ("query_lens", ctypes.c_void_p),
+        ("last_tokens", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
         ("block_table", ctypes.c_void_p),
         ("num_columns", ctypes.c_int64),
-        ("row_slots", ctypes.c_void_p),
-        ("query_lens", ctypes.c_void_p),
-        ("seq_lens", ctypes.c_void_p),
         ("caches", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
     ]
