@@ -31,8 +31,9 @@ from asyncllm.executor.graphs import GraphTable
 from asyncllm.executor.logprobs import Scores
 from asyncllm.executor.mixed_inputs import MixedInputs, stage_mixed
 from asyncllm.executor.pooling import pool
+from asyncllm.executor.rows import RowArrays
 from asyncllm.executor.staging import NUM_DECODE_ROWS, Ints, Staging, aligned, fill_decode
-from asyncllm.executor.token_inputs import RowArrays, TokenLayout, fill_tokens, token_inputs
+from asyncllm.executor.token_inputs import TokenLayout, fill_tokens, token_inputs
 from asyncllm.layers import sampling_columns as column
 from asyncllm.layers.lora import AdapterMask
 from asyncllm.layers.triton_logits import rebuild_counts
@@ -199,7 +200,7 @@ class CudaExecutor:
             work = partial(self._forward_tokens, size)
             layout = self._layout(size)
             pinned, host = Staging(self._device, layout.num_ints).reserve(layout.num_ints)
-            fill_tokens(host, layout, _NOTHING, RowArrays.of(_NOTHING), np.empty((0, 2), dtype=np.int32))
+            fill_tokens(host, layout, _NOTHING, RowArrays.of(_NOTHING, np.int32), np.empty((0, 2), dtype=np.int32))
             self._device.upload(self._tokens[: len(pinned)], pinned)
         else:
             work = partial(self._decode, size, kind)
@@ -303,7 +304,7 @@ class CudaExecutor:
     def _launch_mixed(self, plan: StepPlan, step: CudaStep, staging: Staging) -> int:
         """A step with prompts, drafts or new sequences; returns how many tokens it samples."""
         new_rows = self.slots.seat(plan.new_slots)
-        rows = RowArrays.of(plan)
+        rows = RowArrays.of(plan, np.int32)
         sampling, num_behind = sampling_places(plan)
         sampling_slots = rows.slots[sampling]
         inputs = stage_mixed(plan, rows, sampling, num_behind, new_rows, staging)

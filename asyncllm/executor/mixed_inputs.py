@@ -10,8 +10,8 @@ from torch import Tensor
 
 from asyncllm.executor.base import StepPlan
 from asyncllm.executor.drafts import Indices, draft_arrays
+from asyncllm.executor.rows import RowArrays
 from asyncllm.executor.staging import Ints, Staging
-from asyncllm.executor.token_inputs import RowArrays
 
 _NO_DRAFTS = np.empty(0, dtype=np.intp), np.empty(0, dtype=np.intp), np.empty((0, 0), dtype=np.intp)
 

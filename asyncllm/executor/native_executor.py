@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.executor.base import StepPlan
-from asyncllm.executor.inputs import RowArrays, SamplingPlaces
+from asyncllm.executor.rows import RowArrays
 from asyncllm.executor.torch_executor import TorchExecutor
 from asyncllm.native.decoder import NativeDecoder, addresses
 from asyncllm.native.library import Step
@@ -36,7 +36,7 @@ class NativeExecutor(TorchExecutor):
         super().close()
         del self._native
 
-    def _forward(self, plan: StepPlan, rows: RowArrays, places: SamplingPlaces) -> Tensor:  # hot
+    def _forward(self, plan: StepPlan, rows: RowArrays) -> Tensor:  # hot
         token_ids = np.array(plan.token_ids, dtype=np.int64)
         step = self._step
         step.num_rows, step.num_decode_rows, step.num_tokens = len(rows.slots), plan.num_decode_rows, plan.num_tokens

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from asyncllm.attention.base import AttentionMetadata, PrefillRows
 from asyncllm.executor.base import StepPlan
+from asyncllm.executor.rows import RowArrays
 from asyncllm.executor.staging import Ints, aligned
 
 
@@ -84,7 +85,7 @@ def token_inputs(buffer: Tensor, layout: TokenLayout) -> TokenInputs:
     )
 
 
-def fill_tokens(host: Ints, layout: TokenLayout, plan: StepPlan, rows: "RowArrays", tiles: Ints) -> None:
+def fill_tokens(host: Ints, layout: TokenLayout, plan: StepPlan, rows: RowArrays, tiles: Ints) -> None:
     """Write a step into host [layout.num_ints], padding the rest."""
     num_tokens, num_decode_rows = plan.num_tokens, plan.num_decode_rows
     token_slots, positions, token_ids, slots, decode_lens, query_starts, query_lens, seq_lens, tile_rows = np.split(
@@ -106,22 +107,3 @@ def fill_tokens(host: Ints, layout: TokenLayout, plan: StepPlan, rows: "RowArray
         target[num_rows:] = 0
     tile_rows[: tiles.size] = tiles.ravel()
     tile_rows[tiles.size :] = -1
-
-
-@dataclass(slots=True)
-class RowArrays:
-    """The rows of a plan as arrays, [S] int32."""
-
-    slots: Ints
-    computed: Ints
-    query_lens: Ints
-    seq_lens: Ints
-    query_starts: Ints
-
-    @classmethod
-    def of(cls, plan: StepPlan) -> "RowArrays":
-        """From a plan's lists."""
-        computed = np.array(plan.num_computed_tokens, dtype=np.int32)
-        query_lens = np.array(plan.num_query_tokens, dtype=np.int32)
-        query_starts = (np.cumsum(query_lens) - query_lens).astype(np.int32)
-        return cls(np.array(plan.slots, dtype=np.int32), computed, query_lens, computed + query_lens, query_starts)

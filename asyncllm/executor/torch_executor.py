@@ -15,9 +15,10 @@ from torch import Tensor
 from asyncllm.executor import logprobs
 from asyncllm.executor.base import CPU_BALANCE_TOKENS, CPU_PROMPT_TOKENS, GPU_BALANCE_TOKENS, StepPlan, StepResult
 from asyncllm.executor.drafts import by_row, draft_arrays, settle
-from asyncllm.executor.inputs import RowArrays, SamplingPlaces, build_inputs
+from asyncllm.executor.inputs import build_inputs
 from asyncllm.executor.logprobs import Scores
 from asyncllm.executor.pooling import pool
+from asyncllm.executor.rows import RowArrays, SamplingPlaces
 from asyncllm.executor.sampler import Sampler
 from asyncllm.executor.sampling_rows import SamplingRows, gather_rows
 from asyncllm.executor.slots import SlotState
@@ -117,9 +118,9 @@ class TorchExecutor:
     def launch(self, plan: StepPlan) -> TorchStep:  # hot
         """Compute the step. On a GPU the kernels may still run when this returns."""
         self.slots.apply(plan.new_slots, plan.block_writes)
-        rows = RowArrays.of(plan)
-        places = rows.sampling(plan)
-        hidden = self._forward(plan, rows, places)
+        rows = RowArrays.of(plan, np.int64)
+        hidden = self._forward(plan, rows)
+        places = SamplingPlaces.of(plan, rows)
         token_ids, scores = self._sample(plan, places, hidden)
         return TorchStep(
             num_rows=len(plan.slots),
@@ -128,9 +129,9 @@ class TorchExecutor:
             scored_rows=plan.logprob_rows,
             scores=scores,
             scored_prompts=plan.prompt_logprob_rows,
-            prompt_scores=self._score_prompts(plan, places, hidden) if plan.prompt_logprob_rows else None,
+            prompt_scores=self._score_prompts(plan, rows, hidden) if plan.prompt_logprob_rows else None,
             pooled_rows=plan.pooled_rows,
-            pooled=pool(hidden, plan.pooled_rows, places.query_starts) if plan.pooled_rows else None,
+            pooled=pool(hidden, plan.pooled_rows, rows.query_starts) if plan.pooled_rows else None,
             drafts=plan.drafts,
         )
 
@@ -143,10 +144,9 @@ class TorchExecutor:
         self.kv_caches.clear()
         del self.model
 
-    def _forward(self, plan: StepPlan, rows: RowArrays, places: SamplingPlaces) -> Tensor:
+    def _forward(self, plan: StepPlan, rows: RowArrays) -> Tensor:
         """Hidden states of all query tokens, [N, hidden]."""
-        block_size = self.capacity.block_size
-        input_ids, metadata = build_inputs(plan, rows, places.query_starts, self.slots, block_size, self._device)
+        input_ids, metadata = build_inputs(plan, rows, self.slots, self.capacity.block_size, self._device)
         if self._adapters is not None:
             self._choose_adapters(self._adapters, plan)
         return self.model.forward(input_ids, metadata, self.kv_caches)
@@ -191,12 +191,10 @@ class TorchExecutor:
             self._rows_key = key
         return self._rows
 
-    def _score_prompts(self, plan: StepPlan, places: SamplingPlaces, hidden: Tensor) -> Scores:
+    def _score_prompts(self, plan: StepPlan, rows: RowArrays, hidden: Tensor) -> Scores:
         """Score prompt tokens, [sum of targets], in the order of plan.prompt_logprob_rows."""
         wanted = plan.prompt_logprob_rows
-        tokens = [
-            int(places.query_starts[row]) + i for row, (_, targets) in wanted.items() for i in range(len(targets))
-        ]
+        tokens = [int(rows.query_starts[row]) + i for row, (_, targets) in wanted.items() for i in range(len(targets))]
         targets = [target for _, row_targets in wanted.values() for target in row_targets]
         num_alternatives = max(k for k, _ in wanted.values())
         group = max(1, _SCORE_BYTES // (4 * self.capacity.vocab_size))

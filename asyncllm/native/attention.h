@@ -119,15 +119,5 @@ inline void attend_rows(const Tile &tile, const Cache<Pages> &cache, const int64
 template <class Pages>
 inline void attend(const Tile &tile, int num_rows, const Cache<Pages> &cache, const int64_t *table, int kv_head,
                    float soft_cap) {
-    const auto rows = [&]<int R>() { attend_rows<R>(tile, cache, table, kv_head, soft_cap); };
-    switch (num_rows) {
-    case 1: return rows.template operator()<1>();
-    case 2: return rows.template operator()<2>();
-    case 3: return rows.template operator()<3>();
-    case 4: return rows.template operator()<4>();
-    case 5: return rows.template operator()<5>();
-    case 6: return rows.template operator()<6>();
-    case 7: return rows.template operator()<7>();
-    default: return rows.template operator()<8>();
-    }
+    simd::with_count<Tile::MAX_ROWS>(num_rows, [&]<int R>() { attend_rows<R>(tile, cache, table, kv_head, soft_cap); });
 }

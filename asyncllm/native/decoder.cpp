@@ -84,13 +84,13 @@ struct RowBuffers {
     Buffer<uint16_t> values;
     Buffer<int8_t> quants, fine;
     Buffer<float> scales, sums;
-    Buffer<int32_t> totals, fine_totals;
+    Buffer<int32_t> starts, fine_starts;
     Buffer<uint8_t> marks;
 
     Rows of(int num_rows, int k) {
         const size_t size = (size_t)(num_rows + MARK_ROWS - 1) / MARK_ROWS * MARK_ROWS * k, num_blocks = size / BLOCK;
         return {values.of(size),      quants.of(size),          fine.of(size),       scales.of(num_blocks), sums.of(num_blocks),
-                totals.of(num_blocks), fine_totals.of(num_blocks), marks.of(num_blocks)};
+                starts.of(num_blocks), fine_starts.of(num_blocks), marks.of(num_blocks)};
     }
 };
 

@@ -39,11 +39,11 @@ struct Matrix {
 struct Rows {
     uint16_t *values;       // BFLOAT16: [rows, k]
     int8_t *quants;         // the others: [rows, k]
-    int8_t *fine;           // [rows, k]: x = (quants + fine / 128) * scale in blocks that are marked
-    float *scales;          // [rows, k / 32]
+    int8_t *fine;           // [rows, k], in blocks that are marked
+    float *scales;          // [rows, k / 32]: x = quants * scale, or (128 * quants + fine) * scale
     float *sums;            // [rows, k / 32]: of x
-    int32_t *totals;        // [rows, k / 32]: of quants
-    int32_t *fine_totals;   // [rows, k / 32]: of fine
+    int32_t *starts;        // [rows, k / 32]: where sums of products of quants with signed weights begin
+    int32_t *fine_starts;   // [rows, k / 32]: of fine
     uint8_t *marks;         // [rows / 8, k / 32, 8]: whether a row's block has `fine`
 };
 
@@ -71,9 +71,9 @@ inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, si
     Ints low = rounded(mul(first, factor)), high = rounded(mul(second, factor));
     const int32_t total = sum(low) + sum(high);
     const size_t block = place / BLOCK;
-    rows.scales[block] = most / 127.0f;
+    rows.scales[block] = most / steps;
     rows.sums[block] = most / steps * (float)total;
-    rows.totals[block] = total;
+    rows.starts[block] = signed_start(total);
     rows.marks[mark_place(row, k / BLOCK, at / BLOCK)] = is_fine;
     if (is_fine) {
         const Ints half = ints(1 << (FINE_BITS - 1));
@@ -81,8 +81,9 @@ inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, si
         store_bytes(rows.fine + place, sub(low, shifted_left(low_part, FINE_BITS)));
         store_bytes(rows.fine + place + LANES, sub(high, shifted_left(high_part, FINE_BITS)));
         low = low_part, high = high_part;
-        rows.totals[block] = sum(low) + sum(high);
-        rows.fine_totals[block] = total - (1 << FINE_BITS) * rows.totals[block];
+        const int32_t coarse_total = sum(low) + sum(high);
+        rows.starts[block] = signed_start(coarse_total);
+        rows.fine_starts[block] = signed_start(total - (1 << FINE_BITS) * coarse_total);
     }
     store_bytes(rows.quants + place, low);
     store_bytes(rows.quants + place + LANES, high);
@@ -114,41 +115,40 @@ template <int R> inline uint64_t marked(const Rows &x, int row, int num_blocks, 
     return R == MARK_ROWS ? marks : marks & ((1ull << (8 * R % 64)) - 1);
 }
 
-alignas(64) constexpr int8_t ZEROS[BLOCK] = {};
-
 // R rows times one group of outputs: out[row * stride + output], output 0..15.
 template <int R>
 inline void multiply_four_bit(const Matrix &w, const Rows &x, int row, int g, float *out, int stride) {
     using namespace simd;
     const int num_blocks = w.k / BLOCK;
     const uint8_t *at = w.group(g);
-    const int8_t *quants = x.quants + (size_t)row * w.k;
-    const int8_t *fine = x.fine + (size_t)row * w.k;
     const float *scales = x.scales + (size_t)row * num_blocks, *sums = x.sums + (size_t)row * num_blocks;
     Floats y[R];
     for (int r = 0; r < R; ++r) y[r] = zero();
     for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[FOUR_BIT]) {
         Ints products[R];
         for (int r = 0; r < R; ++r) products[r] = ints(0);
-        const auto add_products = [&](auto &&inputs_of) {
-            for (int eight = 0; eight < 4; ++eight) {
-                const Ints both = load_bytes(at + 64 + 64 * eight), low = low_halves(both), high = high_halves(both);
-                for (int r = 0; r < R; ++r) {
-                    const int8_t *inputs = inputs_of(r) + 8 * eight;
-                    products[r] = dot_nibbles(products[r], low, quad_at(inputs));
-                    products[r] = dot_nibbles(products[r], high, quad_at(inputs + 4));
+        const int8_t *quants = x.quants + (size_t)row * w.k + b * BLOCK;
+        for (int eight = 0; eight < 4; ++eight) {
+            const Ints both = load_bytes(at + 64 + 64 * eight), low = low_halves(both), high = high_halves(both);
+            for (int r = 0; r < R; ++r) {
+                const int8_t *inputs = quants + (size_t)r * w.k + 8 * eight;
+                products[r] = dot_nibbles(products[r], low, quad_at(inputs));
+                products[r] = dot_nibbles(products[r], high, quad_at(inputs + 4));
+            }
+        }
+        if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
+            for (int r = 0; r < R; ++r) {
+                if (!(marks >> (8 * r) & 1)) continue;
+                const int8_t *inputs = x.fine + (size_t)(row + r) * w.k + b * BLOCK;
+                products[r] = shifted_left(products[r], FINE_BITS);
+                for (int eight = 0; eight < 4; ++eight) {
+                    const Ints both = load_bytes(at + 64 + 64 * eight);
+                    products[r] = dot_nibbles(products[r], low_halves(both), quad_at(inputs + 8 * eight));
+                    products[r] = dot_nibbles(products[r], high_halves(both), quad_at(inputs + 8 * eight + 4));
                 }
             }
-        };
-        add_products([&](int r) { return quants + (size_t)r * w.k + b * BLOCK; });
-        Floats scale = load_float16((const uint16_t *)at);
-        const Floats offset = load_float16((const uint16_t *)at + GROUP);
-        if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
-            // Rows that are not marked have zeros here, and what they come to stays the same to the last bit.
-            for (int r = 0; r < R; ++r) products[r] = shifted_left(products[r], FINE_BITS);
-            add_products([&](int r) { return marks >> (8 * r) & 1 ? fine + (size_t)r * w.k + b * BLOCK : ZEROS; });
-            scale = mul(scale, all(1.0f / (1 << FINE_BITS)));
         }
+        const Floats scale = load_float16((const uint16_t *)at), offset = load_float16((const uint16_t *)at + GROUP);
         for (int r = 0; r < R; ++r) {
             const Floats both_scales = mul(scale, all(scales[r * num_blocks + b]));
             y[r] = fma(both_scales, to_floats(products[r]), y[r]);
@@ -163,33 +163,32 @@ inline void multiply_eight_bit(const Matrix &w, const Rows &x, int row, int g, f
     using namespace simd;
     const int num_blocks = w.k / BLOCK;
     const uint8_t *at = w.group(g);
-    const int8_t *quants = x.quants + (size_t)row * w.k;
     const float *scales = x.scales + (size_t)row * num_blocks;
-    const int8_t *fine = x.fine + (size_t)row * w.k;
-    const int32_t *totals = x.totals + (size_t)row * num_blocks, *fine_totals = x.fine_totals + (size_t)row * num_blocks;
+    const int32_t *starts = x.starts + (size_t)row * num_blocks;
     Floats y[R];
     for (int r = 0; r < R; ++r) y[r] = zero();
     for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[EIGHT_BIT]) {
         Ints products[R];
-        for (int r = 0; r < R; ++r) products[r] = begin_signed(totals[r * num_blocks + b]);
-        const auto add_products = [&](auto &&inputs_of) {
-            for (int four = 0; four < 8; ++four) {
-                const Bytes weights = load_signed(at + 64 + 64 * four);
-                for (int r = 0; r < R; ++r) {
-                    products[r] = dot_signed(products[r], weights, quad_at(inputs_of(r) + 4 * four));
-                }
+        for (int r = 0; r < R; ++r) products[r] = ints(starts[r * num_blocks + b]);
+        const int8_t *quants = x.quants + (size_t)row * w.k + b * BLOCK;
+        for (int four = 0; four < 8; ++four) {
+            const Bytes weights = load_signed(at + 64 + 64 * four);
+            for (int r = 0; r < R; ++r) {
+                products[r] = dot_signed(products[r], weights, quad_at(quants + (size_t)r * w.k + 4 * four));
             }
-        };
-        add_products([&](int r) { return quants + (size_t)r * w.k + b * BLOCK; });
-        Floats scale = load((const float *)at);
+        }
         if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
             for (int r = 0; r < R; ++r) {
-                const int32_t total = marks >> (8 * r) & 1 ? fine_totals[r * num_blocks + b] : 0;
-                products[r] = add(shifted_left(products[r], FINE_BITS), begin_signed(total));
+                if (!(marks >> (8 * r) & 1)) continue;
+                const size_t block = (size_t)(row + r) * num_blocks + b;
+                products[r] = add(shifted_left(products[r], FINE_BITS), ints(x.fine_starts[block]));
+                for (int four = 0; four < 8; ++four) {
+                    const Bytes weights = load_signed(at + 64 + 64 * four);
+                    products[r] = dot_signed(products[r], weights, quad_at(x.fine + block * BLOCK + 4 * four));
+                }
             }
-            add_products([&](int r) { return marks >> (8 * r) & 1 ? fine + (size_t)r * w.k + b * BLOCK : ZEROS; });
-            scale = mul(scale, all(1.0f / (1 << FINE_BITS)));
         }
+        const Floats scale = load((const float *)at);
         for (int r = 0; r < R; ++r) {
             y[r] = fma(mul(scale, all(scales[r * num_blocks + b])), to_floats(products[r]), y[r]);
         }
@@ -221,16 +220,8 @@ template <int R> inline void multiply_tile(const Matrix &w, const Rows &x, int r
 
 // Up to TILE_ROWS rows times one group of outputs.
 inline void multiply(const Matrix &w, const Rows &x, int row, int num_rows, int g, float *out, int stride) {
-    const auto some = [&]<int R>() {
-        multiply_tile<R>(w, x, row, g, out, stride);
-        row += R, num_rows -= R, out += (size_t)R * stride;
-    };
-    if constexpr (simd::TILE_ROWS >= 8) {
-        if (num_rows >= 8) return some.template operator()<8>();
-        if (num_rows >= 4) some.template operator()<4>();
-    }
-    if (num_rows >= 2) some.template operator()<2>();
-    if (num_rows >= 1) some.template operator()<1>();
+    const auto tile = [&]<int R>() { multiply_tile<R>(w, x, row, g, out, stride); };
+    simd::with_count<simd::TILE_ROWS>(num_rows, tile);
 }
 
 // Adds the bias of a group to what `multiply` left.

@@ -163,7 +163,7 @@ struct Int8Pages {
         for (int i = 0; i < head_dim; i += BLOCK) {
             Ints products[P][R];
             for (auto &page : products) {
-                for (int r = 0; r < R; ++r) page[r] = begin_signed(tile.queries.totals[(tile.places[r] + i) / BLOCK]);
+                for (int r = 0; r < R; ++r) page[r] = ints(tile.queries.starts[(tile.places[r] + i) / BLOCK]);
             }
             for (int j = i; j < i + BLOCK; j += 4) {
                 for (int p = 0; p < P; ++p) {

@@ -74,7 +74,7 @@ inline Ints dot_nibbles(Ints sums, Ints a, int32_t x) { return _mm512_dpbusd_epi
 // The same for signed bytes, which VNNI wants unsigned: 128 is added to each, and taken off again by where sums begin.
 using Bytes = Ints;
 inline Bytes load_signed(const void *from) { return _mm512_xor_si512(load_bytes(from), _mm512_set1_epi8(-128)); }
-inline Ints begin_signed(int32_t sum_of_x) { return _mm512_set1_epi32(-128 * sum_of_x); }
+inline int32_t signed_start(int32_t sum_of_x) { return -128 * sum_of_x; }
 inline Ints dot_signed(Ints sums, Bytes a, int32_t x) { return _mm512_dpbusd_epi32(sums, a, _mm512_set1_epi32(x)); }
 
 // The same for four unsigned bytes x, each below 2^UNSIGNED_BITS.
@@ -226,7 +226,7 @@ inline Bytes load_signed(const void *from) {
     const Ints a = load_bytes(from);
     return {a, {_mm256_abs_epi8(a.low), _mm256_abs_epi8(a.high)}};
 }
-inline Ints begin_signed(int32_t) { return ints(0); }
+inline int32_t signed_start(int32_t) { return 0; }
 inline Ints dot_signed(Ints sums, const Bytes &a, int32_t x) {
     const __m256i b = _mm256_set1_epi32(x);
     return {dot_bytes(sums.low, a.magnitude.low, _mm256_sign_epi8(b, a.value.low)),
@@ -263,6 +263,14 @@ inline Floats load_bfloat16(const uint16_t *from) {
 }
 
 #endif
+
+// Calls body.operator()<count>(); count is 1..MOST, and all else is taken for MOST.
+template <int MOST, class Body> inline void with_count(int count, Body &&body) {
+    if constexpr (MOST > 1) {
+        if (count < MOST) return with_count<MOST - 1>(count, body);
+    }
+    body.template operator()<MOST>();
+}
 
 inline float bfloat16_to_float(uint16_t value) {
     const uint32_t bits = (uint32_t)value << 16;
