@@ -24,7 +24,7 @@ from asyncllm.native import library as c
 from asyncllm.native.library import Library
 
 ALIGNMENT = 64
-MAX_KEPT_BYTES = 64 * 2**20  # of logits, from one step to the next
+KEPT_BYTES = 64 * 2**20  # of hidden states and of logits each, for steps that need no more
 
 
 class NativeDecoder:
@@ -46,8 +46,8 @@ class NativeDecoder:
         self._library = library
         self._owned: list[Any] = []  # what the structures point to
         self._decoder: int | None = None
-        # Of earlier steps: pages of fresh memory would cost more than to fill them.
-        self._hidden = self._logits = torch.empty(0)
+        # For all steps; pages that none needs are never touched. Fresh ones would cost more than to fill them.
+        self._hidden, self._logits = (torch.empty(KEPT_BYTES // 4, dtype=torch.float32) for _ in range(2))
         self._arena = _Arena(_most_bytes(model, library))
         with torch.inference_mode():
             structure = self._describe(model, block_size, int8_cache)
@@ -82,24 +82,16 @@ class NativeDecoder:
 
     def run(self, step: c.Step) -> Tensor:  # hot
         """Compute a step, all of it filled in but `hidden`: [N, hidden] float32, in memory that the next writes to."""
-        num_values = step.num_tokens * self.architecture.hidden_size
-        if num_values > len(self._hidden):
-            self._hidden = torch.empty(num_values, dtype=torch.float32)
-        step.hidden = self._hidden.data_ptr()
+        hidden = _rows_of(self._hidden, step.num_tokens, self.architecture.hidden_size)
+        step.hidden = hidden.data_ptr()
         if self._library.decoder_forward(self._decoder, ctypes.byref(step)):
             raise MemoryError
-        return self._hidden[:num_values].view(step.num_tokens, -1)
+        return hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:  # hot
         """[M, hidden] -> [M, V] float32, in memory that the next call may write to."""
         hidden = hidden.contiguous()
-        num_values = len(hidden) * self.architecture.vocab_size
-        logits = self._logits
-        if num_values > len(logits):
-            logits = torch.empty(num_values, dtype=torch.float32)
-            if logits.nbytes <= MAX_KEPT_BYTES:
-                self._logits = logits
-        logits = logits[:num_values].view(len(hidden), -1)
+        logits = _rows_of(self._logits, len(hidden), self.architecture.vocab_size)
         if self._library.decoder_logits(self._decoder, hidden.data_ptr(), len(hidden), logits.data_ptr()):
             raise MemoryError
         soft_cap = self.architecture.logit_soft_cap
@@ -193,6 +185,13 @@ class NativeDecoder:
 def addresses(kv_caches: list[Tensor]) -> npt.NDArray[np.uint64]:
     """Where each layer's cache is, as a `Step` has it."""
     return np.array([cache.data_ptr() for cache in kv_caches], dtype=np.uint64)
+
+
+def _rows_of(kept: Tensor, num_rows: int, width: int) -> Tensor:
+    """[num_rows, width] of the memory that is kept, or of fresh memory where that does not do."""
+    num_values = num_rows * width
+    memory = kept if num_values <= len(kept) else torch.empty(num_values, dtype=torch.float32)
+    return memory[:num_values].view(num_rows, width)
 
 
 def _amplitude(rotary: Rotary) -> Tensor:
