@@ -504,8 +504,7 @@ int64_t asyncllm_packed_bytes(int kind, int n, int k) {
 }
 
 void asyncllm_pack(int stored, const uint8_t *rows, int n, int k, uint8_t *to) {
-    const int kind = stored == PLAIN_BFLOAT16 ? BFLOAT16 : stored == Q8_0 ? EIGHT_BIT : FOUR_BIT;
-    const size_t group_bytes = (size_t)(k / BLOCK) * BLOCK_BYTES[kind];
+    const size_t group_bytes = (size_t)(k / BLOCK) * BLOCK_BYTES[kind_of(stored)];
     for (int g = 0; g * GROUP < n; ++g) pack_group(stored, rows, n, k, g, to + g * group_bytes);
 }
 

@@ -265,6 +265,8 @@ inline void read_row(const Matrix &w, int row, float *to) {
 // How rows come from a file: a type of ggml's, or plain bfloat16.
 enum Stored : int32_t { PLAIN_BFLOAT16 = 0, Q4_0 = 1, Q4_1 = 2, Q8_0 = 3 };
 
+inline Kind kind_of(int stored) { return stored == PLAIN_BFLOAT16 ? BFLOAT16 : stored == Q8_0 ? EIGHT_BIT : FOUR_BIT; }
+
 inline uint16_t times_minus_eight(uint16_t float16) {
     const float value = _cvtsh_ss(float16);
     return (uint16_t)_cvtss_sh(-8.0f * value, _MM_FROUND_TO_NEAREST_INT);
@@ -274,7 +276,7 @@ inline uint16_t times_minus_eight(uint16_t float16) {
 inline void pack_group(int stored, const uint8_t *rows, int n, int k, int g, uint8_t *to) {
     constexpr int STORED_BYTES[] = {64, 18, 20, 34};  // of 32 inputs
     const size_t row_bytes = (size_t)(k / BLOCK) * STORED_BYTES[stored];
-    const int kind = stored == PLAIN_BFLOAT16 ? BFLOAT16 : stored == Q8_0 ? EIGHT_BIT : FOUR_BIT;
+    const Kind kind = kind_of(stored);
     const int num_lanes = std::min(GROUP, n - g * GROUP);
     for (int b = 0; b < k / BLOCK; ++b, to += BLOCK_BYTES[kind]) {
         std::memset(to, 0, BLOCK_BYTES[kind]);

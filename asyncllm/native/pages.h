@@ -22,10 +22,10 @@ constexpr int CHUNK = 128;  // keys between two updates of the running maximum
 // Queries of one KV head that are attended together: some heads of some successive tokens of one sequence.
 struct Tile {
     static constexpr int MAX_ROWS = 8;
-    Rows queries;            // of all tokens, scaled; by log2(e) too unless there is a soft cap
-    size_t places[MAX_ROWS]; // where the D inputs of each query begin in them
-    int ends[MAX_ROWS];      // keys before this place are seen,
-    int starts[MAX_ROWS];    // and not before this one
+    Rows queries;              // of all tokens, scaled; by log2(e) too unless there is a soft cap
+    size_t places[MAX_ROWS];   // where the D inputs of each query begin in them
+    int ends[MAX_ROWS];        // keys before this place are seen,
+    int starts[MAX_ROWS];      // and not before this one
     float *outputs[MAX_ROWS];  // [D]
 };
 
