@@ -107,7 +107,7 @@ def clocks_around_operations(now_s: Callable[[], float]) -> Iterator[tuple[Clock
         (torch_attention.TorchAttentionStep, "forward", always("attention")),
         (torch_attention.TorchAttention, "begin", always("attention")),
         (torch_attention, "rotate", always("rotation")),
-        (NativeDecoder, "forward", always("calls")),
+        (NativeDecoder, "run", always("calls")),
         (NativeDecoder, "compute_logits", always("calls")),
         (TorchExecutor, "_sample", always("sampling")),
         (TorchExecutor, "launch", always("the rest")),
