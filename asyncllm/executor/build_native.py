@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from asyncllm.attention.base import AttentionBackend
     from asyncllm.native.decoder import NativeDecoder
 
-DTYPE = "bfloat16"  # of what is not in blocks, and of keys and values
+DTYPE = "bfloat16"  # of what is not in blocks, and of keys and values unless they are in 8 bits
 
 
 def find_native(config: Config, architecture: ModelArchitecture, on_gpu: bool) -> Library | str:
@@ -75,8 +75,7 @@ def has_int8_cache(config: Config, checkpoint: Checkpoint) -> bool:
 def native_kv_bytes_per_token(config: Config, checkpoint: Checkpoint, library: Library) -> int:
     """Bytes of keys and values that one token needs over all layers; in whole pages there are no others."""
     architecture = checkpoint.architecture
-    pages = architecture.num_layers * architecture.num_kv_heads
-    return pages * library.page_bytes(has_int8_cache(config, checkpoint), architecture.head_dim) // PAGE
+    return architecture.num_layers * library.block_bytes(architecture, PAGE, has_int8_cache(config, checkpoint)) // PAGE
 
 
 def load_native(

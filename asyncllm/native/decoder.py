@@ -40,9 +40,7 @@ class NativeDecoder:
         assert isinstance(model, DecoderForCausalLM)
         self.architecture = model.architecture
         self.num_bytes = 0  # of packed weights
-        page_bytes = library.page_bytes(c.INT8_PAGES if int8_cache else c.BFLOAT16_PAGES, self.architecture.head_dim)
-        # Of a layer's cache, which is uint8 [num_blocks, this].
-        self.block_bytes = self.architecture.num_kv_heads * block_size // c.PAGE * page_bytes
+        self.block_bytes = library.block_bytes(self.architecture, block_size, int8_cache)  # a cache: [num_blocks, this]
         self._library = library
         self._owned: list[Any] = []  # what the structures point to
         self._decoder: int | None = None
@@ -62,8 +60,11 @@ class NativeDecoder:
         if self._decoder is not None:
             self._library.decoder_delete(self._decoder)
 
-    def forward(self, input_ids: Tensor, metadata: AttentionMetadata, kv_caches: list[Tensor]) -> Tensor:  # hot
-        """[N] int64 -> [N, hidden] float32; stores keys and values in `kv_caches`, [num_blocks, block_bytes] each."""
+    def forward(self, input_ids: Tensor, metadata: AttentionMetadata, kv_caches: list[Tensor]) -> Tensor:
+        """[N] int64 -> [N, hidden] float32; stores keys and values in `kv_caches`, uint8 [num_blocks, block_bytes].
+
+        As any `CausalLM`; the executor fills in a step itself.
+        """
         query_lens = np.array(metadata.query_lens, dtype=np.int64)
         computed = np.array(metadata.seq_lens_host, dtype=np.int64) - query_lens
         caches = addresses(kv_caches)

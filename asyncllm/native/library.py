@@ -149,6 +149,11 @@ class Library:
         self.pack = functions.asyncllm_pack
         self.pack.restype, self.pack.argtypes = None, [integer, pointer, integer, integer, pointer]
 
+    def block_bytes(self, architecture: ModelArchitecture, block_size: int, int8_cache: bool) -> int:
+        """Bytes of a block in one layer's cache, in 8 bits or in bfloat16."""
+        page_bytes = int(self.page_bytes(INT8_PAGES if int8_cache else BFLOAT16_PAGES, architecture.head_dim))
+        return architecture.num_kv_heads * block_size // PAGE * page_bytes
+
 
 def sources_digest() -> str:
     """Of the C++ beside this file; setup.py works out the same."""
