@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asyncllm.native.library import STORED, Library, Matrix, Model
+from asyncllm.native.library import GROUP, STORED, Library, Matrix, Model
 
 READ_BYTES = 256 * 2**20  # far more than any cache of a small machine
 PRODUCT = (64, 576, 3072)  # rows, in, out: gate and up of the embedded model
@@ -67,8 +67,9 @@ def native_gflop_per_s(library: Library, num_threads: int) -> dict[str, float]:
         else:
             lying = torch.from_numpy(np.ascontiguousarray(quantize(weights.numpy(), GGMLQuantizationType[kind])))
         packed = torch.empty(library.packed_bytes(packed_kind, out, width), dtype=torch.uint8)
-        library.pack(stored, lying.data_ptr(), out, width, packed.data_ptr())
-        head = Matrix(packed_kind, out, width, packed.data_ptr(), None)
+        offsets = np.empty(out // GROUP, dtype=np.int64)
+        library.pack(stored, lying.data_ptr(), out, width, packed.data_ptr(), offsets.ctypes.data)
+        head = Matrix(packed_kind, out, width, packed.data_ptr(), offsets.ctypes.data, None)
         model = Model(hidden_size=width, num_heads=1, num_kv_heads=1, head_dim=32, block_size=16, head=head)
         decoder = library.decoder_new(ctypes.byref(model), num_threads)
         assert decoder is not None

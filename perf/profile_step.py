@@ -25,8 +25,8 @@ from asyncllm.errors import StartupError
 from asyncllm.executor import host
 from asyncllm.executor.base import Executor, SlotInit, StepPlan
 from asyncllm.executor.build_native import find_native
-from asyncllm.models.config import BYTES_PER_VALUE, ModelArchitecture
-from asyncllm.native.library import ROW_MULTIPLE, find_library
+from asyncllm.models.config import ModelArchitecture
+from asyncllm.native.library import BFLOAT16, ROW_MULTIPLE, find_library
 from asyncllm.types import SamplingParams
 from asyncllm.weights.base import Checkpoint
 from asyncllm.weights.checkpoint import open_checkpoint
@@ -275,7 +275,7 @@ def _describe(subject: Subject, checkpoint: Checkpoint, gb_per_s: float) -> dict
         kinds = list(rates)
     else:
         rates = floors.native_gflop_per_s(library, torch.get_num_threads())
-        in_blocks = weights_bytes < BYTES_PER_VALUE["bfloat16"] * architecture.num_parameters
+        in_blocks = executor.model.kinds != {BFLOAT16}
         kinds = [kind for kind in rates if kind.startswith("int8") == in_blocks]
     untied = 0 if architecture.tie_word_embeddings else architecture.vocab_size * architecture.hidden_size
     return {

@@ -50,14 +50,21 @@ def describe_kernels(native: Library | str) -> str:
 
 
 def native_weight_bytes(config: Config, checkpoint: Checkpoint) -> int:
-    """Memory of the loaded weights, about: blocks grow by a tenth as they are packed."""
-    if config.model.quantization == "auto" and isinstance(checkpoint, BlockCheckpoint):
-        return checkpoint.num_bytes_in_blocks(BYTES_PER_VALUE[DTYPE]) * 11 // 10
-    return _unquantized_bytes(checkpoint)
+    """Memory of the loaded weights, about: packing adds a tenth to blocks, and leaves bfloat16 some 12.2 bits."""
+    in_blocks = _bytes_in_blocks(config, checkpoint)
+    return _plain_bytes(checkpoint) * 4 // 5 if in_blocks is None else in_blocks * 11 // 10
 
 
-def _unquantized_bytes(checkpoint: Checkpoint) -> int:
+def _plain_bytes(checkpoint: Checkpoint) -> int:
     return checkpoint.architecture.num_parameters * BYTES_PER_VALUE[DTYPE]
+
+
+def _bytes_in_blocks(config: Config, checkpoint: Checkpoint) -> int | None:
+    """Of weights that are quantized and stay so."""
+    if config.model.quantization != "auto" or not isinstance(checkpoint, BlockCheckpoint):
+        return None
+    num_bytes = checkpoint.num_bytes_in_blocks(BYTES_PER_VALUE[DTYPE])
+    return num_bytes if num_bytes < _plain_bytes(checkpoint) else None
 
 
 def has_int8_cache(config: Config, checkpoint: Checkpoint) -> bool:
@@ -68,7 +75,7 @@ def has_int8_cache(config: Config, checkpoint: Checkpoint) -> bool:
     where computing with bfloat16 weights in torch is off by 0.0012.
     """
     if config.cache.kv_cache_dtype == "auto":
-        return native_weight_bytes(config, checkpoint) < _unquantized_bytes(checkpoint)
+        return _bytes_in_blocks(config, checkpoint) is not None
     return config.cache.kv_cache_dtype == "int8"
 
 

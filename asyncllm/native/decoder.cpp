@@ -356,19 +356,27 @@ class Decoder {
         });
     }
 
+    // This thread's memory for some groups of a matrix that are widened.
+    static uint8_t *scratch_for(const Matrix &matrix, int num_groups) {
+        thread_local Buffer<uint8_t> scratch;
+        return matrix.kind != BFLOAT16 ? nullptr : scratch.of((size_t)num_groups * matrix.k / BLOCK * BLOCK_BYTES[BFLOAT16]);
+    }
+
     // to [n, width] = rows · matrix
     void product(Walk &walk, Part part, const Matrix &matrix, const Rows &rows, int n, float *to, int width) {
         each_piece(walk, part, n, matrix.num_groups(), [&](int row, int num_rows, int begin, int end) {
+            uint8_t *scratch = scratch_for(matrix, 1);
             for (int g = begin; g < end; ++g) {
+                const Group weights = group_for(matrix, g, num_rows, scratch);
                 const bool whole = (g + 1) * GROUP <= matrix.n;
                 for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
                     const int some = std::min(simd::TILE_ROWS, num_rows - r);
                     float *at = to + (size_t)(row + r) * width + g * GROUP;
                     if (whole) {
-                        multiply(matrix, rows, row + r, some, g, at, width);
+                        multiply(weights, rows, row + r, some, at, width);
                     } else {
                         float results[simd::TILE_ROWS * GROUP];
-                        multiply(matrix, rows, row + r, some, g, results, GROUP);
+                        multiply(weights, rows, row + r, some, results, GROUP);
                         const size_t num_bytes = sizeof(float) * (matrix.n - g * GROUP);
                         for (int i = 0; i < some; ++i) std::memcpy(at + (size_t)i * width, results + i * GROUP, num_bytes);
                     }
@@ -383,15 +391,23 @@ class Decoder {
         const int inner = model_.intermediate_size, up_groups = inner / GROUP;
         each_piece(walk, MLP, n, inner / BLOCK, [&](int row, int num_rows, int begin, int end) {
             alignas(64) float gate[simd::TILE_ROWS * BLOCK], up[simd::TILE_ROWS * BLOCK];
+            const size_t group_bytes = (size_t)layer.up.k / BLOCK * BLOCK_BYTES[BFLOAT16];
+            uint8_t *scratch = scratch_for(layer.up, 4);
             for (int block = begin; block < end; ++block) {
+                Group gates[2], ups[2];
+                for (int half = 0; half < 2; ++half) {
+                    const int g = 2 * block + half;
+                    gates[half] = group_for(layer.up, g, num_rows, scratch + half * group_bytes);
+                    if (model_.is_gated) ups[half] = group_for(layer.up, up_groups + g, num_rows, scratch + (2 + half) * group_bytes);
+                }
                 for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
                     const int some = std::min(simd::TILE_ROWS, num_rows - r);
                     for (int half = 0; half < 2; ++half) {
                         const int g = 2 * block + half;
-                        multiply(layer.up, rows, row + r, some, g, gate + half * GROUP, BLOCK);
+                        multiply(gates[half], rows, row + r, some, gate + half * GROUP, BLOCK);
                         add_bias(layer.up, some, g, gate + half * GROUP, BLOCK);
                         if (!model_.is_gated) continue;
-                        multiply(layer.up, rows, row + r, some, up_groups + g, up + half * GROUP, BLOCK);
+                        multiply(ups[half], rows, row + r, some, up + half * GROUP, BLOCK);
                         add_bias(layer.up, some, up_groups + g, up + half * GROUP, BLOCK);
                     }
                     for (int i = 0; i < some; ++i) {
@@ -498,14 +514,26 @@ int64_t asyncllm_page_bytes(int cache_kind, int head_dim) {
                                               : Cache<Bfloat16Pages>::page_bytes(head_dim));
 }
 
-// Bytes that `asyncllm_pack` writes for a matrix of a kind.
+// Bytes that `asyncllm_pack` writes at most for a matrix of a kind.
 int64_t asyncllm_packed_bytes(int kind, int n, int k) {
-    return (int64_t)((n + GROUP - 1) / GROUP) * (k / BLOCK) * BLOCK_BYTES[kind];
+    const size_t group_bytes = (kind == BFLOAT16 ? least_bytes(k) : 0) + (size_t)(k / BLOCK) * BLOCK_BYTES[kind];
+    return (int64_t)((n + GROUP - 1) / GROUP) * (int64_t)group_bytes;
 }
 
-void asyncllm_pack(int stored, const uint8_t *rows, int n, int k, uint8_t *to) {
+// Packs a matrix and returns how many bytes that took; of bfloat16 also where each group begins.
+int64_t asyncllm_pack(int stored, const uint8_t *rows, int n, int k, uint8_t *to, int64_t *offsets) {
+    const uint8_t *begin = to;
     const size_t group_bytes = (size_t)(k / BLOCK) * BLOCK_BYTES[kind_of(stored)];
-    for (int g = 0; g * GROUP < n; ++g) pack_group(stored, rows, n, k, g, to + g * group_bytes);
+    for (int g = 0; g * GROUP < n; ++g) {
+        if (stored == PLAIN_BFLOAT16) {
+            offsets[g] = to - begin;
+            to = pack_bfloat16_group(rows, n, k, g, to);
+        } else {
+            pack_group(stored, rows, n, k, g, to);
+            to += group_bytes;
+        }
+    }
+    return to - begin;
 }
 
 }  // extern "C"

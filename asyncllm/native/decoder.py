@@ -30,6 +30,10 @@ KEPT_BYTES = 64 * 2**20  # of hidden states and of logits each, for steps that n
 class NativeDecoder:
     """The model in C++."""
 
+    # What reading the weights costs, in tokens: steps of 1 and 8 rows took 3.8 and 9.0 ms with 4-bit blocks, 6.6 and
+    # 14.5 ms with bfloat16. Less than half of what follows from that: a row with drafts costs Python and samples too.
+    balance_tokens = 2
+
     def __init__(
         self, model: nn.Module, library: Library, block_size: int, num_threads: int, int8_cache: bool = False
     ) -> None:
@@ -40,6 +44,7 @@ class NativeDecoder:
         assert isinstance(model, DecoderForCausalLM)
         self.architecture = model.architecture
         self.num_bytes = 0  # of packed weights
+        self.kinds: set[int] = set()  # of matrices
         self.block_bytes = library.block_bytes(self.architecture, block_size, int8_cache)  # a cache: [num_blocks, this]
         self._library = library
         self._owned: list[Any] = []  # what the structures point to
@@ -52,9 +57,6 @@ class NativeDecoder:
         self._decoder = library.decoder_new(ctypes.byref(structure), num_threads)
         if self._decoder is None:
             raise MemoryError
-        # What reading the weights costs, in tokens: steps of 1 and 8 rows took 3.8 and 9.0 ms with 0.7 bytes a weight,
-        # 9.0 and 15.2 ms with 2. Half of what follows from that: a row with drafts costs Python and samples as well.
-        self.balance_tokens = max(1, round(2.5 * self.num_bytes / self.architecture.num_parameters))
 
     def __del__(self) -> None:
         if self._decoder is not None:
@@ -177,10 +179,14 @@ class NativeDecoder:
         rows = layer.take_rows()
         stored, kind = c.STORED[rows.kind]
         n, k = rows.shape
-        packed = self._arena.take(self._library.packed_bytes(kind, n, k))
-        self._library.pack(stored, rows.rows.data_ptr(), n, k, packed.data_ptr())
-        self.num_bytes += packed.nbytes
-        return c.Matrix(kind, n, k, packed.data_ptr(), bias)
+        data = self._arena.place(self._library.packed_bytes(kind, n, k))
+        offsets = np.empty(-(-n // c.GROUP), dtype=np.int64)
+        self._owned.append(offsets)
+        num_bytes = self._library.pack(stored, rows.rows.data_ptr(), n, k, data, offsets.ctypes.data)
+        self._arena.take(num_bytes)
+        self.num_bytes += num_bytes
+        self.kinds.add(kind)
+        return c.Matrix(kind, n, k, data, offsets.ctypes.data, bias)
 
 
 def addresses(kv_caches: list[Tensor]) -> npt.NDArray[np.uint64]:
@@ -207,12 +213,14 @@ class _Arena:
         self._taken = -self._memory.data_ptr() % ALIGNMENT
         advise_huge_pages(self._memory.data_ptr(), num_bytes)
 
-    def take(self, num_bytes: int) -> Tensor:
-        """The next bytes, aligned."""
-        taken = self._memory[self._taken : self._taken + num_bytes]
-        assert len(taken) == num_bytes
+    def place(self, num_bytes: int) -> int:
+        """The address where what is taken next begins, and that many bytes at most may lie."""
+        assert self._taken + num_bytes <= len(self._memory)
+        return self._memory.data_ptr() + self._taken
+
+    def take(self, num_bytes: int) -> None:
+        """Keep the bytes that were written."""
         self._taken += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        return taken
 
 
 def _most_bytes(model: nn.Module, library: Library) -> int:

@@ -29,6 +29,7 @@ BFLOAT16_PAGES, INT8_PAGES = range(2)  # Model.cache_kind
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 PARTS = ("embedding", "norms", "products", "rotation", "attention", "mlp", "head")  # whose times are told apart
 ROW_MULTIPLE = 32  # of inputs of every matrix, and of a head's dimensions
+GROUP = 16  # outputs that lie side by side in a packed matrix
 MAX_HEAD_DIM = 512
 PAGE = 16  # tokens of a page of the cache, and what a block is a multiple of
 
@@ -41,6 +42,7 @@ class Matrix(ctypes.Structure):
         ("n", ctypes.c_int32),
         ("k", ctypes.c_int32),
         ("data", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     ]
 
@@ -147,7 +149,8 @@ class Library:
         self.packed_bytes = functions.asyncllm_packed_bytes
         self.packed_bytes.restype, self.packed_bytes.argtypes = ctypes.c_int64, [integer, integer, integer]
         self.pack = functions.asyncllm_pack
-        self.pack.restype, self.pack.argtypes = None, [integer, pointer, integer, integer, pointer]
+        self.pack.restype = ctypes.c_int64
+        self.pack.argtypes = [integer, pointer, integer, integer, pointer, pointer]
 
     def block_bytes(self, architecture: ModelArchitecture, block_size: int, int8_cache: bool) -> int:
         """Bytes of a block in one layer's cache, in 8 bits or in bfloat16."""

@@ -88,6 +88,20 @@ inline Ints shifted_left(Ints a, int bits) { return _mm512_slli_epi32(a, bits); 
 inline Ints shifted_right(Ints a, int bits) { return _mm512_srai_epi32(a, bits); }
 inline Ints bits_of(Ints a, Ints mask) { return _mm512_and_si512(a, mask); }
 
+// Words: 32 of 16 bits. Bfloat16 from 12 bits at the top of each, a sign, what to add to `base`, 7 of its fraction; or 0.
+inline Ints words(int value) { return _mm512_set1_epi16((short)value); }
+inline Ints widened(Ints a, Ints base) {
+    a = _mm512_and_si512(_mm512_srai_epi16(a, 4), words(0x87ff));
+    return _mm512_mask_add_epi16(a, _mm512_test_epi16_mask(a, words(0x7ff)), a, base);
+}
+
+// 12 bits at the top of each word from the low four bits of three.
+inline Ints fourth(Ints x, Ints y, Ints z) {
+    constexpr int SELECT = 0xca;  // of the second where the first has ones, of the third elsewhere
+    const Ints two = _mm512_ternarylogic_epi32(words(0x0f00), _mm512_slli_epi16(y, 8), _mm512_slli_epi16(x, 12), SELECT);
+    return _mm512_ternarylogic_epi32(words(0x00f0), _mm512_slli_epi16(z, 4), two, SELECT);
+}
+
 #if defined(__AVX512BF16__)
 inline Floats dot_bfloat16(Floats sums, Ints a, uint32_t x) {
     return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)_mm512_set1_epi32((int)x));
@@ -211,6 +225,22 @@ inline Ints sub(Ints a, Ints b) { return {_mm256_sub_epi32(a.low, b.low), _mm256
 inline Ints shifted_left(Ints a, int bits) { return {_mm256_slli_epi32(a.low, bits), _mm256_slli_epi32(a.high, bits)}; }
 inline Ints shifted_right(Ints a, int bits) { return {_mm256_srai_epi32(a.low, bits), _mm256_srai_epi32(a.high, bits)}; }
 inline Ints bits_of(Ints a, Ints mask) { return {_mm256_and_si256(a.low, mask.low), _mm256_and_si256(a.high, mask.high)}; }
+
+inline Ints words(int value) { return {_mm256_set1_epi16((short)value), _mm256_set1_epi16((short)value)}; }
+inline __m256i widened(__m256i a, __m256i base) {
+    a = _mm256_and_si256(_mm256_srai_epi16(a, 4), _mm256_set1_epi16((short)0x87ff));
+    const __m256i is_zero = _mm256_cmpeq_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0x7ff)), _mm256_setzero_si256());
+    return _mm256_add_epi16(a, _mm256_andnot_si256(is_zero, base));
+}
+inline Ints widened(Ints a, Ints base) { return {widened(a.low, base.low), widened(a.high, base.high)}; }
+inline __m256i fourth(__m256i x, __m256i y, __m256i z) {
+    const __m256i second = _mm256_and_si256(_mm256_slli_epi16(y, 8), _mm256_set1_epi16(0x0f00));
+    const __m256i third = _mm256_and_si256(_mm256_slli_epi16(z, 4), _mm256_set1_epi16(0x00f0));
+    return _mm256_or_si256(_mm256_slli_epi16(x, 12), _mm256_or_si256(second, third));
+}
+inline Ints fourth(const Ints &x, const Ints &y, const Ints &z) {
+    return {fourth(x.low, y.low, z.low), fourth(x.high, y.high, z.high)};
+}
 
 // Sums of pairs fit into 16 bits: 2 * 15 * 127, and 2 * 128 * 127 of what follows.
 inline __m256i dot_bytes(__m256i sums, __m256i a, __m256i x) {

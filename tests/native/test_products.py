@@ -16,6 +16,31 @@ N, K = 259, 96  # 16 outputs are computed at once, and inputs come in blocks of 
 MOST_ROWS = 140  # rows are taken in blocks of 64
 
 
+class Packed:
+    """A matrix in the order that products read it."""
+
+    def __init__(
+        self, library: Library, kind: Kind, stored: numpy.ndarray, shape: tuple[int, int], bias: int | None = None
+    ) -> None:
+        stored_as, packed_as = c.STORED[kind.name]
+        # Behind it lies what must not be written.
+        most = library.packed_bytes(packed_as, *shape)
+        self.memory = torch.full((most + 64,), 171, dtype=torch.uint8)
+        self.offsets = numpy.zeros(-(-shape[0] // c.GROUP), dtype=numpy.int64)
+        self.num_bytes = library.pack(
+            stored_as, stored.ctypes.data, *shape, self.memory.data_ptr(), self.offsets.ctypes.data
+        )
+        assert self.num_bytes <= most and (self.memory[self.num_bytes :] == 171).all()
+        self._matrix = c.Matrix(packed_as, *shape, self.memory.data_ptr(), self.offsets.ctypes.data, bias)
+        self._library = library
+
+    def decoder(self, num_threads: int = 1) -> int:
+        """A model without layers whose head this is."""
+        width = self._matrix.k
+        model = c.Model(hidden_size=width, num_heads=1, num_kv_heads=1, head_dim=32, block_size=16, head=self._matrix)
+        return int(self._library.decoder_new(ctypes.byref(model), num_threads))
+
+
 class Product:
     """x Wᵀ + b as the head of a decoder without layers."""
 
@@ -30,15 +55,8 @@ class Product:
         self.weight = torch.from_numpy(gguf.quants.dequantize(stored, kind)).double()
         self.bias = torch.from_numpy(random.normal(0.0, 1.0, num_outputs).astype(numpy.float32))
         self.kind, self._library = kind, library
-        stored_as, packed_as = c.STORED[kind.name]
-        # Behind it lies what must not be written.
-        num_bytes = library.packed_bytes(packed_as, num_outputs, width)
-        self._packed = torch.full((num_bytes + 64,), 171, dtype=torch.uint8)
-        library.pack(stored_as, stored.ctypes.data, num_outputs, width, self._packed.data_ptr())
-        assert (self._packed[-64:] == 171).all()
-        matrix = c.Matrix(packed_as, num_outputs, width, self._packed.data_ptr(), self.bias.data_ptr())
-        model = c.Model(hidden_size=width, num_heads=1, num_kv_heads=1, head_dim=32, block_size=16, head=matrix)
-        self._decoder = library.decoder_new(ctypes.byref(model), num_threads)
+        self.packed = Packed(library, kind, stored, (num_outputs, width), self.bias.data_ptr())
+        self._decoder = self.packed.decoder(num_threads)
 
     def __del__(self) -> None:
         self._library.decoder_delete(self._decoder)
@@ -120,11 +138,8 @@ def test_the_largest_values_of_8_bits_do_not_overflow(library: Library) -> None:
     stored = numpy.zeros((16, 34), numpy.uint8)
     stored[:, :2] = numpy.frombuffer(numpy.float16(1.0).tobytes(), numpy.uint8)
     stored[:, 2:] = numpy.where(numpy.arange(16)[:, None] % 2, 127, -128).astype(numpy.int8).view(numpy.uint8)
-    packed = torch.empty(library.packed_bytes(c.EIGHT_BIT, 16, 32), dtype=torch.uint8)
-    library.pack(c.STORED["Q8_0"][0], stored.ctypes.data, 16, 32, packed.data_ptr())
-    matrix = c.Matrix(c.EIGHT_BIT, 16, 32, packed.data_ptr(), None)
-    model = c.Model(hidden_size=32, num_heads=1, num_kv_heads=1, head_dim=32, block_size=16, head=matrix)
-    decoder = library.decoder_new(ctypes.byref(model), 1)
+    packed = Packed(library, Kind.Q8_0, stored, (16, 32))
+    decoder = packed.decoder()
     try:
         for sign in (1.0, -1.0):
             x, logits = torch.full((1, 32), sign * 127.0), torch.empty(1, 16)
@@ -132,6 +147,66 @@ def test_the_largest_values_of_8_bits_do_not_overflow(library: Library) -> None:
             assert logits[0].tolist() == [sign * 127.0 * 32 * w for w in (-128, 127)] * 8
     finally:
         library.decoder_delete(decoder)
+
+
+LEAST = 112  # exponent, of the 16 that fit below 128
+
+
+def bfloat16(exponent: int, fraction: int = 1, sign: int = 0) -> int:
+    return sign << 15 | exponent << 7 | fraction
+
+
+# What lies in one block beside numbers of the largest exponent, 127, and whether it fits into 12 bits a weight.
+BLOCKS = {
+    "all within 16 exponents": ([bfloat16(e, f, s) for e in range(LEAST, 128) for f in (1, 127) for s in (0, 1)], True),
+    "zeros of both signs": ([0, 0x8000] * 20, True),
+    "the least exponent's power of two": ([bfloat16(LEAST, 0)], False),
+    "its negative": ([bfloat16(LEAST, 0, 1)], False),
+    "an exponent below": ([bfloat16(LEAST - 1, 127)], False),
+    "a denormal": ([1], False),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_bfloat16_in_12_bits_has_lost_nothing(library: Library, name: str) -> None:
+    others, fits = BLOCKS[name]
+    words = numpy.full((16, 64), bfloat16(127, 3), numpy.uint16)  # the second block fits
+    words[:, :32].flat[: len(others)] = others
+    words[:, :32] = numpy.random.default_rng(7).permuted(words[:, :32].ravel()).reshape(16, 32)
+    packed = Packed(library, Kind.BF16, words, (16, 64))
+    assert packed.num_bytes == 64 + (768 if fits else 1024) + 768
+    stored = torch.from_numpy(words.view(numpy.int16)).view(torch.bfloat16).float()
+    stored[stored.abs() < 2.0**-126] = 0.0  # processors' products of bfloat16 take denormals for 0
+    decoder = packed.decoder()
+    try:
+        for num_rows in (1, 64):  # one reads the weights as they are, more have them widened
+            x, logits = torch.eye(64)[:num_rows].contiguous(), torch.empty(num_rows, 16)
+            library.decoder_logits(decoder, x.data_ptr(), num_rows, logits.data_ptr())
+            assert torch.equal(logits.T.where(logits.T.abs() >= 2.0**-126, 0.0), stored[:, :num_rows])
+    finally:
+        library.decoder_delete(decoder)
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 14, 15, 16, 17, 200, 254, 255])
+def test_weights_of_any_size_are_as_they_were(library: Library, exponent: int) -> None:
+    # Infinities among them, and blocks of nothing but zeros.
+    words = numpy.full((16, 32), bfloat16(exponent, 5 if 0 < exponent < 255 else 0), numpy.uint16)
+    words[::2] |= 0x8000
+    packed = Packed(library, Kind.BF16, words, (16, 32))
+    assert packed.num_bytes == 64 + 768
+    x, logits = torch.ones(1, 32), torch.empty(1, 16)
+    decoder = packed.decoder()
+    try:
+        library.decoder_logits(decoder, x.data_ptr(), 1, logits.data_ptr())
+    finally:
+        library.decoder_delete(decoder)
+    expected = torch.from_numpy(words.view(numpy.int16)).view(torch.bfloat16).double().sum(1).float()
+    assert torch.equal(logits[0], expected)
+
+
+def test_common_weights_take_12_bits_and_a_few_blocks_more(best_library: Library) -> None:
+    product = Product(best_library, Kind.BF16, num_outputs=1024, width=512)
+    assert 0.75 < product.packed.num_bytes / (2 * 1024 * 512) < 0.8
 
 
 @pytest.mark.parametrize("width", [1, 15, 64, 65, 259, 1000])
