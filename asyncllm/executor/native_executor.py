@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from asyncllm.executor.base import StepPlan
-from asyncllm.executor.rows import RowArrays
+from asyncllm.executor.logprobs import Scores
+from asyncllm.executor.rows import RowArrays, SamplingPlaces
 from asyncllm.executor.torch_executor import TorchExecutor
 from asyncllm.native.decoder import NativeDecoder, addresses
 from asyncllm.native.library import Step
@@ -43,3 +44,14 @@ class NativeExecutor(TorchExecutor):
         step.slots, step.computed = rows.slots.ctypes.data, rows.computed.ctypes.data
         step.query_lens, step.token_ids = rows.query_lens.ctypes.data, token_ids.ctypes.data
         return self._native.run(step)
+
+    def _choose(self, plan: StepPlan, places: SamplingPlaces, hidden: Tensor) -> tuple[Tensor, Scores | None]:  # hot
+        """See `TorchExecutor`; of rows that are all greedy nobody sees the logits."""
+        if (
+            not (plan.banned or plan.masks or plan.logprob_rows)
+            and self._sampling_rows(places.slots).want_the_likeliest
+        ):
+            token_ids = self._native.likeliest(hidden)
+            if token_ids is not None:
+                return token_ids, None
+        return super()._choose(plan, places, hidden)

@@ -51,6 +51,11 @@ class SamplingRows:
     penalties: PenaltyGroup | None
     bias: tuple[Tensor, Tensor] | None  # positions in the flattened [R * V] logits, int64, and what to add, float32
 
+    @property
+    def want_the_likeliest(self) -> bool:
+        """Whether each row's token is the one whose logit, as the model has it, is largest."""
+        return not self.groups and self.penalties is None and self.bias is None
+
 
 def gather_rows(state: SlotState, slot_ids: list[int], vocab_size: int, device: torch.device) -> SamplingRows:
     """Parameters of the rows whose sequences sit in `slot_ids` [R]."""

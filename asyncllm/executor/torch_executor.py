@@ -165,6 +165,15 @@ class TorchExecutor:
             return None, None
         if places.tokens is not None:
             hidden = hidden.index_select(0, self._array(places.tokens))
+        token_ids, scores = self._choose(plan, places, hidden)
+        self.slots.last_token.index_copy_(0, self._array(places.slots), token_ids)
+        if plan.drafts:
+            drafts = (self._array(array) for array in draft_arrays(plan, places.rows))
+            settle(token_ids, self.slots.last_token, *drafts)
+        return token_ids, scores
+
+    def _choose(self, plan: StepPlan, places: SamplingPlaces, hidden: Tensor) -> tuple[Tensor, Scores | None]:
+        """Tokens for hidden states [R, hidden], and scores of those who asked."""
         logits = self.model.compute_logits(hidden).float()  # [R, V]
         has_extras = plan.banned or plan.masks or plan.logprob_rows
         index_of = {row: index for index, row in enumerate(places.rows.tolist())} if has_extras else {}
@@ -175,10 +184,6 @@ class TorchExecutor:
         banned = {index_of[row]: token_ids for row, token_ids in plan.banned.items()}
         masks = {index_of[row]: mask for row, mask in plan.masks.items()}
         token_ids = self._sampler.sample(logits, self._sampling_rows(places.slots), places.positions, banned, masks)
-        self.slots.last_token.index_copy_(0, self._array(places.slots), token_ids)
-        if plan.drafts:
-            drafts = (self._array(array) for array in draft_arrays(plan, places.rows))
-            settle(token_ids, self.slots.last_token, *drafts)
         if raw is None or scored is None:
             return token_ids, None
         return token_ids, logprobs.score(raw, token_ids.index_select(0, scored), max(plan.logprob_rows.values()))

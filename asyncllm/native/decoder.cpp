@@ -3,6 +3,7 @@
 // Python owns all memory that outlives a step; here are only buffers that grow with the largest step. The residual stream
 // and all results of products are float32. Structures are mirrored field by field in library.py.
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int ROW_BLOCK = 64;       // rows that meet a group of weights while it is in the first cache
 constexpr int PIECES_A_THREAD = 8;  // enough for a thread that is held up to be relieved
-constexpr int MAX_TOKENS_A_PIECE = 16;
+constexpr int MAX_ITEMS_A_PIECE = 16;   // tokens, or tiles of queries
 
 enum CacheKind : int32_t { BFLOAT16_PAGES = 0, INT8_PAGES = 1 };
 
@@ -136,6 +137,16 @@ void apply_norm(const Norm &norm, const float *x, float *to, int k, float eps) {
     }
 }
 
+// The largest value so far, at the first of its places; none is larger than what is not a number, or than -infinity.
+struct Best {
+    float value = -INFINITY;
+    int64_t place = 0;
+
+    void offer(float other, int64_t at) {
+        if (other > value || (other == value && at < place)) value = other, place = at;
+    }
+};
+
 class Decoder {
   public:
     Decoder(const Model &model, int num_threads)
@@ -165,9 +176,21 @@ class Decoder {
         rows_.of(num_rows, widest());
         team_.run(2, spent, [&](Walk &walk) {
             const Rows rows = rows_.of(num_rows, widest());
-            each_token(walk, HEAD, num_rows, [&](int r) { prepare_row(rows, head.kind, head.k, r, hidden + (size_t)r * head.k); });
+            prepare_for_head(walk, rows, hidden, num_rows);
             product(walk, HEAD, head, rows, num_rows, to, head.n);
         });
+    }
+
+    // Where each row's logits are largest, without ever writing them down.
+    void likeliest(const float *hidden, int num_rows, int64_t *to) {
+        rows_.of(num_rows, widest());
+        bests_.assign(num_rows, Best());
+        team_.run(2, spent, [&](Walk &walk) {
+            const Rows rows = rows_.of(num_rows, widest());
+            prepare_for_head(walk, rows, hidden, num_rows);
+            find_bests(walk, rows, num_rows);
+        });
+        for (int r = 0; r < num_rows; ++r) to[r] = bests_[r].place;
     }
 
     int64_t spent[NUM_PARTS] = {};  // nanoseconds of the caller's, by part
@@ -217,10 +240,10 @@ class Decoder {
         const int n = step.num_tokens, hidden = model_.hidden_size;
         float *residual = residual_.of(0), *branch = branch_.of(0);
         const Rows rows = rows_.of(0, widest()), wide = wide_rows_.of(0, model_.intermediate_size);
-        each_token(walk, BEGIN, n, [&](int t) { begin_token(step, t, residual + (size_t)t * hidden); });
+        each_item(walk, BEGIN, n, [&](int t) { begin_token(step, t, residual + (size_t)t * hidden); });
         const Norm *pending = nullptr;  // of the branch that is not yet added
         const auto add_and_norm = [&](bool has_branch, const Norm &next, auto &&use) {
-            each_token(walk, NORMS, n, [&, has_branch](int t) {
+            each_item(walk, NORMS, n, [&, has_branch](int t) {
                 float *stream = residual + (size_t)t * hidden, *added = branch + (size_t)t * hidden;
                 if (has_branch) {
                     if (pending->weight) apply_norm(*pending, added, added, hidden, model_.norm_eps);
@@ -242,9 +265,8 @@ class Decoder {
             add_and_norm(l > 0, layer.before_attention, prepare_for(layer.qkv));
             product(walk, PRODUCTS, layer.qkv, rows, n, qkv_.of(0), num_qkv());
             const Cache<Pages> cache{(uint8_t *)step.caches[l], shape_};
-            each_token(walk, ROTATION, n, [&](int t) { store_token(step, layer, cache, t); });
-            const int num_tiles = (int)tiles_.size();
-            walk.each(ATTENTION, num_tiles * shape_.num_kv_heads, [&](int i) {
+            each_item(walk, ROTATION, n, [&](int t) { store_token(step, layer, cache, t); });
+            each_item(walk, ATTENTION, (int)tiles_.size() * shape_.num_kv_heads, [&](int i) {
                 attend_tile(step, layer, cache, rows, tiles_[i / shape_.num_kv_heads], i % shape_.num_kv_heads);
             });
             product(walk, PRODUCTS, layer.out, rows, n, branch, hidden);
@@ -337,11 +359,11 @@ class Decoder {
         }
     }
 
-    // body(i) for each of n tokens, some to a piece.
-    template <class Body> void each_token(Walk &walk, Part part, int n, Body &&body) {
-        const int some = std::clamp(n / (PIECES_A_THREAD * team_.num_threads()), 1, MAX_TOKENS_A_PIECE);
-        walk.each(part, (n + some - 1) / some, [&](int i) {
-            for (int t = i * some; t < std::min(n, (i + 1) * some); ++t) body(t);
+    // body(i) for each of n items, some to a piece.
+    template <class Body> void each_item(Walk &walk, Part part, int n, Body &&body) {
+        const int some = std::clamp(n / (PIECES_A_THREAD * team_.num_threads()), 1, MAX_ITEMS_A_PIECE);
+        walk.each(part, (n + some - 1) / some, [&](int piece) {
+            for (int i = piece * some; i < std::min(n, (piece + 1) * some); ++i) body(i);
         });
     }
 
@@ -382,6 +404,43 @@ class Decoder {
                     }
                     add_bias(matrix, some, g, at, width);
                 }
+            }
+        });
+    }
+
+    void prepare_for_head(Walk &walk, const Rows &rows, const float *hidden, int num_rows) {
+        const Matrix &head = model_.head;
+        each_item(walk, HEAD, num_rows, [&](int r) {
+            prepare_row(rows, head.kind, head.k, r, hidden + (size_t)r * head.k);
+        });
+    }
+
+    void find_bests(Walk &walk, const Rows &rows, int n) {
+        const Matrix &head = model_.head;
+        each_piece(walk, HEAD, n, head.num_groups(), [&](int row, int num_rows, int begin, int end) {
+            alignas(64) float values[ROW_BLOCK * GROUP], groups[ROW_BLOCK * GROUP], results[simd::TILE_ROWS * GROUP];
+            std::fill_n(values, num_rows * GROUP, -INFINITY);
+            std::fill_n(groups, num_rows * GROUP, 0.0f);
+            uint8_t *scratch = scratch_for(head, 1);
+            for (int g = begin; g < end; ++g) {
+                const Group weights = group_for(head, g, num_rows, scratch);
+                for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
+                    const int some = std::min(simd::TILE_ROWS, num_rows - r);
+                    multiply(weights, rows, row + r, some, results, GROUP);
+                    add_bias(head, some, g, results, GROUP);
+                    for (int i = 0; i < some; ++i) {
+                        float *best = values + (r + i) * GROUP, *its_group = groups + (r + i) * GROUP;
+                        const simd::Floats none = simd::all(-INFINITY), y = simd::load(results + i * GROUP);
+                        const simd::Floats x = simd::first_lanes(y, none, std::min(head.n - g * GROUP, GROUP));
+                        const simd::Floats before = simd::load(best);
+                        simd::store(its_group, simd::where_greater(x, before, simd::all((float)g), simd::load(its_group)));
+                        simd::store(best, simd::where_greater(x, before, x, before));
+                    }
+                }
+            }
+            const std::lock_guard guard(bests_lock_);
+            for (int i = 0; i < num_rows * GROUP; ++i) {
+                bests_[row + i / GROUP].offer(values[i], (int64_t)groups[i] * GROUP + i % GROUP);
             }
         });
     }
@@ -431,6 +490,8 @@ class Decoder {
     Team team_;
     std::vector<Token> tokens_;
     std::vector<TilePlace> tiles_;
+    std::vector<Best> bests_;  // of rows
+    std::mutex bests_lock_;
     Buffer<float> residual_, branch_, qkv_, angles_;
     RowBuffers rows_, wide_rows_, queries_;
 };
@@ -449,20 +510,16 @@ int64_t argmax(const float *row, int width) {
             best[i] = where_greater(x, best[i], x, best[i]);
         }
     }
-    float value = -INFINITY;
-    int64_t place = 0;
+    Best of_all;
     for (int i = 0; i < SUMS; ++i) {
         float bests[LANES], its_steps[LANES];
         store(bests, best[i]), store(its_steps, step[i]);
         for (int lane = 0; lane < LANES; ++lane) {
-            const int64_t at = ((int64_t)its_steps[lane] * SUMS + i) * LANES + lane;
-            if (bests[lane] > value || (bests[lane] == value && at < place)) value = bests[lane], place = at;
+            of_all.offer(bests[lane], ((int64_t)its_steps[lane] * SUMS + i) * LANES + lane);
         }
     }
-    for (int at = steps * SUMS * LANES; at < width; ++at) {
-        if (row[at] > value) value = row[at], place = at;
-    }
-    return value == -INFINITY ? 0 : place;
+    for (int at = steps * SUMS * LANES; at < width; ++at) of_all.offer(row[at], at);
+    return of_all.place;
 }
 
 // What a caller in Python can make of an exception.
@@ -496,6 +553,10 @@ int asyncllm_decoder_forward(void *decoder, const Step *step) {
 
 int asyncllm_decoder_logits(void *decoder, const float *hidden, int num_rows, float *logits) {
     return guarded([&] { static_cast<Decoder *>(decoder)->logits(hidden, num_rows, logits); });
+}
+
+int asyncllm_decoder_likeliest(void *decoder, const float *hidden, int num_rows, int64_t *places) {
+    return guarded([&] { static_cast<Decoder *>(decoder)->likeliest(hidden, num_rows, places); });
 }
 
 // Nanoseconds that all calls so far took, by part, in the order of `Part`.

@@ -100,6 +100,18 @@ class NativeDecoder:
         soft_cap = self.architecture.logit_soft_cap
         return logits if soft_cap == 0.0 else logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
+    def likeliest(self, hidden: Tensor) -> Tensor | None:  # hot
+        """[M, hidden] -> [M] int64: where `compute_logits` would be largest, the first place of several.
+
+        None for a model with a soft cap on logits, as what it makes equal only the logits tell.
+        """
+        if self.architecture.logit_soft_cap:
+            return None
+        hidden, places = hidden.contiguous(), torch.empty(len(hidden), dtype=torch.int64)
+        if self._library.decoder_likeliest(self._decoder, hidden.data_ptr(), len(hidden), places.data_ptr()):
+            raise MemoryError
+        return places
+
     def spent_s(self) -> dict[str, float]:
         """Seconds that all steps so far took, by part of a step."""
         nanoseconds = (ctypes.c_int64 * len(c.PARTS))()

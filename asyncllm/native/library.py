@@ -140,6 +140,8 @@ class Library:
         self.decoder_forward.argtypes = [pointer, ctypes.POINTER(Step)]
         self.decoder_logits = functions.asyncllm_decoder_logits
         self.decoder_logits.argtypes = [pointer, pointer, integer, pointer]
+        self.decoder_likeliest = functions.asyncllm_decoder_likeliest
+        self.decoder_likeliest.argtypes = [pointer, pointer, integer, pointer]
         self.decoder_spent = functions.asyncllm_decoder_spent
         self.decoder_spent.restype, self.decoder_spent.argtypes = None, [pointer, pointer]
         self.argmax = functions.asyncllm_argmax

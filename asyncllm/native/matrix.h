@@ -61,7 +61,7 @@ struct Rows {
 
 constexpr int MARK_ROWS = 8;
 constexpr int FINE_BITS = 7;
-constexpr float LARGE = 1.5f;  // times the root mean square of all blocks' largest values: a tenth of them is above
+constexpr float LARGE = 1.5f;  // times the root mean square of all blocks' largest values: one in twelve is above
 
 inline size_t mark_place(int row, int num_blocks, int block) {
     return ((size_t)(row / MARK_ROWS) * num_blocks + block) * MARK_ROWS + row % MARK_ROWS;

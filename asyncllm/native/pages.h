@@ -8,8 +8,8 @@
 //   Int8Pages      keys    [D / 32][16] float32, [D / 4][16 tokens][4]    scales of a token's 32 dimensions, then quants
 //                  values  [16] float32, [4 fours of tokens][D][4]        scales of the tokens, then quants
 //
-// Queries meet 8-bit keys as int8 with a scale per 32 dimensions; the weights of 8-bit values, as much of a softmax may lie
-// in many small ones, have 16 bits (14 without VNNI) in two parts.
+// Queries meet 8-bit keys as int8 with a scale per 32 dimensions; the weights of 8-bit values, each times its value's scale,
+// have 8 bits (14 in two parts without VNNI, where 7 would be too few), in steps of a chunk's largest.
 #pragma once
 
 #include <cfloat>
@@ -189,9 +189,9 @@ struct Int8Pages {
     static void add_values(const Tile &tile, const uint8_t *const *values, int num_keys, int head_dim, float *weights,
                            const float *shrink) {
         using namespace simd;
-        constexpr float MOST = (1 << 2 * UNSIGNED_BITS) - 1;
+        constexpr float MOST = (1 << UNSIGNED_BITS * UNSIGNED_PARTS) - 1;
         const int num_pages = (num_keys + PAGE - 1) / PAGE;
-        alignas(64) int8_t parts[2][R * CHUNK];  // high, low
+        alignas(64) int8_t parts[UNSIGNED_PARTS][R * CHUNK];  // the highest bits first
         float steps[R];
         for (int r = 0; r < R; ++r) {
             Floats tops = zero();
@@ -207,9 +207,12 @@ struct Int8Pages {
             steps[r] = counts ? most / MOST : 0.0f;
             for (int p = 0; p < num_pages; ++p) {
                 const int at = r * CHUNK + p * PAGE;
-                const Ints both = rounded(mul(load(weights + at), all(counts ? MOST / most : 0.0f)));
-                store_bytes(parts[0] + at, shifted_right(both, UNSIGNED_BITS));
-                store_bytes(parts[1] + at, bits_of(both, ints((1 << UNSIGNED_BITS) - 1)));
+                Ints bits = rounded(mul(load(weights + at), all(counts ? MOST / most : 0.0f)));
+                for (int part = UNSIGNED_PARTS - 1; part > 0; --part) {
+                    store_bytes(parts[part] + at, bits_of(bits, ints((1 << UNSIGNED_BITS) - 1)));
+                    bits = shifted_right(bits, UNSIGNED_BITS);
+                }
+                store_bytes(parts[0] + at, bits);
             }
         }
         constexpr int WIDTH = R <= 4 ? 4 : 2;
@@ -217,15 +220,17 @@ struct Int8Pages {
             const int width = std::min(WIDTH, (head_dim - d) / LANES);
             Ints sums[WIDTH][R];
             for (auto &column : sums) for (Ints &s : column) s = ints(0);
-            for (const int8_t *part : {parts[0], parts[1]}) {
-                for (auto &column : sums) for (Ints &s : column) s = shifted_left(s, UNSIGNED_BITS);
+            for (int part = 0; part < UNSIGNED_PARTS; ++part) {
+                if (part > 0) {
+                    for (auto &column : sums) for (Ints &s : column) s = shifted_left(s, UNSIGNED_BITS);
+                }
                 for (int key = 0; key < num_pages * PAGE; key += 4) {
                     const uint8_t *from = values[key / PAGE] + VALUE_SCALE_BYTES + (size_t)(key % PAGE) * head_dim + 4 * d;
                     for (int c = 0; c < WIDTH; ++c) {
                         if (c >= width) break;
                         const Ints quants = load_bytes(from + 4 * LANES * c);
                         for (int r = 0; r < R; ++r) {
-                            sums[c][r] = dot_unsigned(sums[c][r], quad_at(part + r * CHUNK + key), quants);
+                            sums[c][r] = dot_unsigned(sums[c][r], quad_at(parts[part] + r * CHUNK + key), quants);
                         }
                     }
                 }

@@ -78,7 +78,7 @@ inline int32_t signed_start(int32_t sum_of_x) { return -128 * sum_of_x; }
 inline Ints dot_signed(Ints sums, Bytes a, int32_t x) { return _mm512_dpbusd_epi32(sums, a, _mm512_set1_epi32(x)); }
 
 // The same for four unsigned bytes x, each below 2^UNSIGNED_BITS.
-constexpr int UNSIGNED_BITS = 8;
+constexpr int UNSIGNED_BITS = 8, UNSIGNED_PARTS = 1;
 inline Ints dot_unsigned(Ints sums, int32_t x, Ints a) { return _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(x), a); }
 
 inline Ints ints(int32_t value) { return _mm512_set1_epi32(value); }
@@ -262,7 +262,7 @@ inline Ints dot_signed(Ints sums, const Bytes &a, int32_t x) {
     return {dot_bytes(sums.low, a.magnitude.low, _mm256_sign_epi8(b, a.value.low)),
             dot_bytes(sums.high, a.magnitude.high, _mm256_sign_epi8(b, a.value.high))};
 }
-constexpr int UNSIGNED_BITS = 7;
+constexpr int UNSIGNED_BITS = 7, UNSIGNED_PARTS = 2;
 inline Ints dot_unsigned(Ints sums, int32_t x, Ints a) {
     const __m256i b = _mm256_set1_epi32(x);
     return {dot_bytes(sums.low, b, a.low), dot_bytes(sums.high, b, a.high)};

@@ -234,5 +234,11 @@ def test_eight_prompts_have_the_greedy_tokens_together_that_they_have_alone(best
         limits = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True}
         together = [output.choices[0].token_ids for output in llm.generate(prompts, **limits)]
         alone = [llm.generate(prompt, **limits)[0].choices[0].token_ids for prompt in prompts]
-    assert together == alone and len({tuple(tokens) for tokens in together}) == 8
+        # Only these have their logits written down.
+        scored = [output.choices[0].token_ids for output in llm.generate(prompts, logprobs=1, **limits)]
+        forbidden = {tokens[0]: -100.0 for tokens in together}
+        others = [output.choices[0].token_ids for output in llm.generate(prompts, logit_bias=forbidden, **limits)]
+    assert together == alone == scored
+    assert not {tokens[0] for tokens in together} & {token for tokens in others for token in tokens}
+    assert len({tuple(tokens) for tokens in together}) == 8
     assert all(len(tokens) == 10 for tokens in together)

@@ -67,6 +67,12 @@ class Product:
         assert (logits[-1] == 12345.0).all(), "nothing is written behind the last row"
         return logits[:-1]
 
+    def likeliest(self, x: torch.Tensor) -> list[int]:
+        places = torch.full((len(x) + 1,), -7)
+        assert self._library.decoder_likeliest(self._decoder, x.data_ptr(), len(x), places.data_ptr()) == 0
+        assert places[-1] == -7
+        return places[:-1].tolist()
+
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """Rows as the product takes them: bfloat16, or a scale for each 32 values and 8 bits, 15 if they are large."""
         if self.kind == Kind.BF16:
@@ -147,6 +153,21 @@ def test_the_largest_values_of_8_bits_do_not_overflow(library: Library) -> None:
             assert logits[0].tolist() == [sign * 127.0 * 32 * w for w in (-128, 127)] * 8
     finally:
         library.decoder_delete(decoder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_outputs", [1, 16, 17, N])
+def test_the_likeliest_is_where_the_logits_are_largest(library: Library, kind: Kind, num_outputs: int) -> None:
+    for num_threads in (1, 3):
+        product = Product(library, kind, num_threads, num_outputs)
+        product.bias[num_outputs // 3 :: 5] = 9.0
+        for num_rows in (1, 2, 7, 9, 64, 65, MOST_ROWS):
+            x = rows_of(num_rows)
+            x[num_rows // 2] = 0.0  # nothing but the bias, largest at several places
+            assert product.likeliest(x) == product(x).argmax(-1).tolist()
+    x = torch.full((2, K), torch.nan)
+    product.bias.fill_(torch.nan)
+    assert product.likeliest(x) == [0, 0], "where nothing is a number"
 
 
 LEAST = 112  # exponent, of the 16 that fit below 128
