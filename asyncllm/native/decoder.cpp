@@ -1,151 +1,25 @@
 // A pre-norm decoder's step on a CPU, in one call: the same facts as models/decoder.py, without an operation's dispatch.
 //
 // Python owns all memory that outlives a step; here are only buffers that grow with the largest step. The residual stream
-// and all results of products are float32. Structures are mirrored field by field in library.py.
-#include <cstdlib>
+// and all results of products are float32.
 #include <mutex>
-#include <new>
 #include <vector>
 
+#include "argmax.h"
 #include "attention.h"
+#include "buffers.h"
+#include "pack.h"
+#include "pointwise.h"
 #include "team.h"
 
 namespace {
 
-constexpr int ROW_BLOCK = 64;       // rows that meet a group of weights while it is in the first cache
-constexpr int PIECES_A_THREAD = 8;  // enough for a thread that is held up to be relieved
-constexpr int MAX_ITEMS_A_PIECE = 16;   // tokens, or tiles of queries
-
-enum CacheKind : int32_t { BFLOAT16_PAGES = 0, INT8_PAGES = 1 };
-
-enum Activation : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
+constexpr int ROW_BLOCK = 64;          // rows that meet a group of weights while it is in the first cache
+constexpr int PIECES_A_THREAD = 8;     // enough for a thread that is held up to be relieved
+constexpr int MAX_ITEMS_A_PIECE = 16;  // tokens, or tiles of queries
 
 // Kinds of phases, whose times are told apart.
 enum Part { BEGIN, NORMS, PRODUCTS, ROTATION, ATTENTION, MLP, HEAD, NUM_PARTS };
-
-struct Norm {
-    const float *weight;  // [k]; null: no norm
-    const float *bias;    // [k]: a layer norm; null: a root-mean-square norm
-};
-
-struct Layer {
-    Norm before_attention, after_attention, before_mlp, after_mlp;
-    const float *q_norm, *k_norm;  // [D], or null
-    Matrix qkv, out, up, down;     // `up`: gate above up, where the MLP is gated
-    float scale, soft_cap;
-    int32_t window, rotation;      // keys seen, 0 for all; which of the rotations
-};
-
-struct Model {
-    int32_t hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, block_size;
-    int32_t activation, is_gated, num_rotations, cache_kind;
-    float norm_eps, embedding_scale;
-    const Layer *layers;
-    Norm last_norm;
-    Matrix embedding, head;
-    const float *position_embedding;  // [max_position, hidden], or null
-    const float *frequencies;         // [num_rotations, D / 2], of an angle per position
-    const float *amplitudes;          // [num_rotations, D / 2]
-};
-
-// S rows of query tokens that follow each other in a sequence, N in all. Rows that decode come first: they have one each,
-// the last of their slot.
-struct Step {
-    int32_t num_rows, num_decode_rows, num_tokens;
-    const int64_t *slots, *computed, *query_lens;  // [S]; computed: tokens whose keys are in the cache before the step
-    const int64_t *last_tokens;                    // [L], by slot; not read where no row decodes
-    const int64_t *token_ids;                      // of all other rows
-    const int64_t *block_table;                    // [L, columns], by slot
-    int64_t num_columns;
-    const uint64_t *caches;  // [layers]: addresses of pages, see pages.h
-    float *hidden;           // [N, hidden], written
-};
-
-// Grows and never shrinks; what is in it is lost by growing.
-template <class T> class Buffer {
-  public:
-    ~Buffer() { std::free(data_); }
-    T *of(size_t size) {
-        if (size > size_) {
-            std::free(data_);
-            size_ = 0;
-            data_ = static_cast<T *>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64));
-            if (!data_) throw std::bad_alloc();
-            size_ = size;
-        }
-        return data_;
-    }
-
-  private:
-    T *data_ = nullptr;
-    size_t size_ = 0;
-};
-
-struct RowBuffers {
-    Buffer<uint16_t> values;
-    Buffer<int8_t> quants, fine;
-    Buffer<float> scales, sums;
-    Buffer<int32_t> starts, fine_starts;
-    Buffer<uint8_t> marks;
-
-    Rows of(int num_rows, int k) {
-        const size_t size = (size_t)(num_rows + MARK_ROWS - 1) / MARK_ROWS * MARK_ROWS * k, num_blocks = size / BLOCK;
-        return {values.of(size),      quants.of(size),          fine.of(size),       scales.of(num_blocks), sums.of(num_blocks),
-                starts.of(num_blocks), fine_starts.of(num_blocks), marks.of(num_blocks)};
-    }
-};
-
-simd::Floats sigmoid(simd::Floats x) {
-    using namespace simd;
-    return div(all(1), add(all(1), exp2(min(mul(x, all(-LOG2E)), all(126.0f)))));
-}
-
-simd::Floats activate(int activation, simd::Floats x) {
-    using namespace simd;
-    switch (activation) {
-    case SILU: return mul(x, sigmoid(x));
-    case GELU_TANH:  // x / 2 · (1 + tanh(u)) = x · sigmoid(2u)
-        return mul(x, sigmoid(mul(all(2 * 0.7978845608f), fma(mul(mul(x, x), x), all(0.044715f), x))));
-    case RELU: return max(x, zero());
-    default: {
-        float values[LANES];
-        store(values, x);
-        for (float &value : values) value *= 0.5f * (1.0f + std::erf(value * 0.70710678f));
-        return load(values);
-    }
-    }
-}
-
-void apply_norm(const Norm &norm, const float *x, float *to, int k, float eps) {
-    using namespace simd;
-    float mean = 0;
-    if (norm.bias) {
-        Floats sums = zero();
-        for (int i = 0; i < k; i += LANES) sums = add(sums, load(x + i));
-        mean = sum(sums) / (float)k;
-    }
-    const Floats middle = all(mean);
-    Floats squares = zero();
-    for (int i = 0; i < k; i += LANES) {
-        const Floats away = sub(load(x + i), middle);
-        squares = fma(away, away, squares);
-    }
-    const Floats factor = all(1.0f / std::sqrt(sum(squares) / (float)k + eps));
-    for (int i = 0; i < k; i += LANES) {
-        const Floats y = mul(mul(sub(load(x + i), middle), factor), load(norm.weight + i));
-        store(to + i, norm.bias ? add(y, load(norm.bias + i)) : y);
-    }
-}
-
-// The largest value so far, at the first of its places; none is larger than what is not a number, or than -infinity.
-struct Best {
-    float value = -INFINITY;
-    int64_t place = 0;
-
-    void offer(float other, int64_t at) {
-        if (other > value || (other == value && at < place)) value = other, place = at;
-    }
-};
 
 class Decoder {
   public:
@@ -495,32 +369,6 @@ class Decoder {
     Buffer<float> residual_, branch_, qkv_, angles_;
     RowBuffers rows_, wide_rows_, queries_;
 };
-
-// Where a row is largest, the first place of several; 0 where nothing is a number. Counts in floats: exact to 2^24.
-int64_t argmax(const float *row, int width) {
-    using namespace simd;
-    constexpr int SUMS = 4;  // side by side, as a comparison waits for the one before it
-    Floats best[SUMS], step[SUMS];
-    for (int i = 0; i < SUMS; ++i) best[i] = all(-INFINITY), step[i] = zero();
-    const int steps = width / (SUMS * LANES);
-    for (int s = 0; s < steps; ++s) {
-        for (int i = 0; i < SUMS; ++i) {
-            const Floats x = load(row + (s * SUMS + i) * LANES);
-            step[i] = where_greater(x, best[i], all((float)s), step[i]);
-            best[i] = where_greater(x, best[i], x, best[i]);
-        }
-    }
-    Best of_all;
-    for (int i = 0; i < SUMS; ++i) {
-        float bests[LANES], its_steps[LANES];
-        store(bests, best[i]), store(its_steps, step[i]);
-        for (int lane = 0; lane < LANES; ++lane) {
-            of_all.offer(bests[lane], ((int64_t)its_steps[lane] * SUMS + i) * LANES + lane);
-        }
-    }
-    for (int at = steps * SUMS * LANES; at < width; ++at) of_all.offer(row[at], at);
-    return of_all.place;
-}
 
 // What a caller in Python can make of an exception.
 template <class Body> int guarded(Body &&body) noexcept {

@@ -1,0 +1,92 @@
+// How weights get from a file's rows into the order that products read.
+#pragma once
+
+#include "matrix.h"
+
+// How rows come from a file: a type of ggml's, or plain bfloat16.
+enum Stored : int32_t { PLAIN_BFLOAT16 = 0, Q4_0 = 1, Q4_1 = 2, Q8_0 = 3 };
+
+inline Kind kind_of(int stored) { return stored == PLAIN_BFLOAT16 ? BFLOAT16 : stored == Q8_0 ? EIGHT_BIT : FOUR_BIT; }
+
+inline uint16_t times_minus_eight(uint16_t float16) {
+    const float value = _cvtsh_ss(float16);
+    return (uint16_t)_cvtss_sh(-8.0f * value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// Writes a block's 16 vectors of words to `to` in 12 bits each, and returns the least exponent; 0 where they do not fit.
+inline int narrow(const uint16_t (*vectors)[2 * GROUP], uint8_t *to) {
+    constexpr int SIGN = 0x8000, FRACTION_BITS = 7, STEPS = 16;
+    const uint16_t *values = vectors[0];
+    int most = 0;
+    for (int i = 0; i < BLOCK * GROUP; ++i) most = std::max(most, values[i] & ~SIGN);
+    const int least = std::max(1, (most >> FRACTION_BITS) - STEPS + 1), base = least << FRACTION_BITS;
+    bool fits = true;
+    for (int i = 0; i < BLOCK * GROUP; ++i) {
+        const int magnitude = values[i] & ~SIGN;
+        fits &= magnitude == 0 || magnitude > base;  // what is left of the base itself would stand for 0
+    }
+    if (!fits) return 0;
+    const auto bits = [&](int vector, int i) {
+        const int magnitude = vectors[vector][i] & ~SIGN;
+        return (vectors[vector][i] & SIGN) >> 4 | (magnitude ? magnitude - base : 0);
+    };
+    for (int vector = 0; vector < BLOCK / 2; vector += 4) {
+        uint16_t three[3][2 * GROUP];
+        for (int j = 0; j < 3; ++j) {
+            for (int i = 0; i < 2 * GROUP; ++i) {
+                three[j][i] = (uint16_t)(bits(vector + j, i) << 4 | (bits(vector + 3, i) >> (8 - 4 * j) & 15));
+            }
+        }
+        std::memcpy(to, three, sizeof three);
+        to += sizeof three;
+    }
+    return least;
+}
+
+// Fills one group of a matrix [n, k] of bfloat16, and returns where it ends.
+inline uint8_t *pack_bfloat16_group(const uint8_t *rows, int n, int k, int g, uint8_t *to) {
+    uint8_t *least = to;
+    to += least_bytes(k);
+    const int num_lanes = std::min(GROUP, n - g * GROUP);
+    for (int b = 0; b < k / BLOCK; ++b) {
+        uint16_t vectors[BLOCK / 2][2 * GROUP] = {};
+        for (int lane = 0; lane < num_lanes; ++lane) {
+            const uint8_t *from = rows + 2 * ((size_t)(g * GROUP + lane) * k + b * BLOCK);
+            for (int i = 0; i < BLOCK / 2; ++i) std::memcpy(vectors[i] + 2 * lane, from + 4 * i, 4);
+        }
+        least[b] = (uint8_t)narrow(vectors, to);
+        if (!least[b]) std::memcpy(to, vectors, sizeof vectors);
+        to += least[b] ? NARROW_BYTES : BLOCK_BYTES[BFLOAT16];
+    }
+    return to;
+}
+
+// Fills one group of a matrix [n, k] from rows in blocks as stored, one behind the other. Outputs behind the last are zero.
+inline void pack_group(int stored, const uint8_t *rows, int n, int k, int g, uint8_t *to) {
+    constexpr int STORED_BYTES[] = {64, 18, 20, 34};  // of 32 inputs
+    const size_t row_bytes = (size_t)(k / BLOCK) * STORED_BYTES[stored];
+    const Kind kind = kind_of(stored);
+    const int num_lanes = std::min(GROUP, n - g * GROUP);
+    for (int b = 0; b < k / BLOCK; ++b, to += BLOCK_BYTES[kind]) {
+        std::memset(to, 0, BLOCK_BYTES[kind]);
+        for (int lane = 0; lane < num_lanes; ++lane) {
+            const uint8_t *from = rows + (size_t)(g * GROUP + lane) * row_bytes + (size_t)b * STORED_BYTES[stored];
+            uint16_t scale;
+            std::memcpy(&scale, from, 2);
+            if (stored == Q8_0) {
+                ((float *)to)[lane] = _cvtsh_ss(scale);
+                for (int i = 0; i < BLOCK; i += 4) std::memcpy(to + 64 + 64 * (i / 4) + 4 * lane, from + 2 + i, 4);
+            } else {
+                uint16_t offset = times_minus_eight(scale);
+                if (stored == Q4_1) std::memcpy(&offset, from + 2, 2);
+                ((uint16_t *)to)[lane] = scale;
+                ((uint16_t *)to)[GROUP + lane] = offset;
+                const uint8_t *halves = from + (stored == Q4_1 ? 4 : 2);  // inputs i and i + 16 in byte i
+                for (int i = 0; i < BLOCK; ++i) {
+                    const int quant = i < 16 ? halves[i] & 15 : halves[i - 16] >> 4;
+                    to[64 + 64 * (i / 8) + 4 * lane + i % 4] |= (uint8_t)(i % 8 < 4 ? quant : quant << 4);
+                }
+            }
+        }
+    }
+}
