@@ -109,6 +109,7 @@ def clocks_around_operations(now_s: Callable[[], float]) -> Iterator[tuple[Clock
         (torch_attention, "rotate", always("rotation")),
         (NativeDecoder, "run", always("calls")),
         (NativeDecoder, "compute_logits", always("calls")),
+        (NativeDecoder, "likeliest", always("calls")),
         (TorchExecutor, "_sample", always("sampling")),
         (TorchExecutor, "launch", always("the rest")),
     ]
