@@ -26,6 +26,9 @@ class Decoder {
     Decoder(const Model &model, int num_threads)
         : model_(model), layers_(model.layers, model.layers + model.num_layers), team_(num_threads) {
         shape_ = {model.num_heads, model.num_kv_heads, model.head_dim, model.block_size};
+        const int widest_inputs = std::max({4 * model.hidden_size, widest(), model.intermediate_size});
+        scratch_bytes_ = (size_t)widest_inputs / BLOCK * BLOCK_BYTES[BFLOAT16];
+        scratch_.of(team_.num_threads() * scratch_bytes_);
     }
 
     void forward(const Step &step) {
@@ -252,16 +255,13 @@ class Decoder {
         });
     }
 
-    // This thread's memory for some groups of a matrix that are widened.
-    static uint8_t *scratch_for(const Matrix &matrix, int num_groups) {
-        thread_local Buffer<uint8_t> scratch;
-        return matrix.kind != BFLOAT16 ? nullptr : scratch.of((size_t)num_groups * matrix.k / BLOCK * BLOCK_BYTES[BFLOAT16]);
-    }
+    // A thread's memory for a widened group of any matrix, or for four of `up`.
+    uint8_t *scratch_of(const Walk &walk) { return scratch_.of(0) + walk.thread() * scratch_bytes_; }
 
     // to [n, width] = rows · matrix
     void product(Walk &walk, Part part, const Matrix &matrix, const Rows &rows, int n, float *to, int width) {
         each_piece(walk, part, n, matrix.num_groups(), [&](int row, int num_rows, int begin, int end) {
-            uint8_t *scratch = scratch_for(matrix, 1);
+            uint8_t *scratch = scratch_of(walk);
             for (int g = begin; g < end; ++g) {
                 const Group weights = group_for(matrix, g, num_rows, scratch);
                 const bool whole = (g + 1) * GROUP <= matrix.n;
@@ -295,7 +295,7 @@ class Decoder {
             alignas(64) float values[ROW_BLOCK * GROUP], groups[ROW_BLOCK * GROUP], results[simd::TILE_ROWS * GROUP];
             std::fill_n(values, num_rows * GROUP, -INFINITY);
             std::fill_n(groups, num_rows * GROUP, 0.0f);
-            uint8_t *scratch = scratch_for(head, 1);
+            uint8_t *scratch = scratch_of(walk);
             for (int g = begin; g < end; ++g) {
                 const Group weights = group_for(head, g, num_rows, scratch);
                 for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
@@ -325,7 +325,7 @@ class Decoder {
         each_piece(walk, MLP, n, inner / BLOCK, [&](int row, int num_rows, int begin, int end) {
             alignas(64) float gate[simd::TILE_ROWS * BLOCK], up[simd::TILE_ROWS * BLOCK];
             const size_t group_bytes = (size_t)layer.up.k / BLOCK * BLOCK_BYTES[BFLOAT16];
-            uint8_t *scratch = scratch_for(layer.up, 4);
+            uint8_t *scratch = scratch_of(walk);
             for (int block = begin; block < end; ++block) {
                 Group gates[2], ups[2];
                 for (int half = 0; half < 2; ++half) {
@@ -367,6 +367,8 @@ class Decoder {
     std::vector<Best> bests_;  // of rows
     std::mutex bests_lock_;
     Buffer<float> residual_, branch_, qkv_, angles_;
+    Buffer<uint8_t> scratch_;
+    size_t scratch_bytes_;  // of each thread
     RowBuffers rows_, wide_rows_, queries_;
 };
 

@@ -1,4 +1,4 @@
-"""The compiled kernels: finds the build for this processor, and mirrors the structures of model.h field by field.
+"""The compiled kernels: finds the build for this processor, and mirrors the structures of model.h and matrix.h.
 
 Built when the package is installed (setup.py), for several generations of x86-64; where no compiler was, or for other
 processors, there is none, and plain torch does the work. A call releases the GIL. Any thread.

@@ -23,7 +23,10 @@ struct alignas(64) Phase {
 class Walk {
   public:
     // `spent`: nanoseconds by kind of phase, added to; null on all threads but the caller's.
-    Walk(Phase *phases, int64_t *spent) : phases_(phases), spent_(spent), since_(spent ? nanoseconds() : 0) {}
+    Walk(Phase *phases, int thread, int64_t *spent)
+        : phases_(phases), thread_(thread), spent_(spent), since_(spent ? nanoseconds() : 0) {}
+
+    int thread() const { return thread_; }  // of the team, the caller's is 0
 
     // Runs body(i) for each i in [0, num_pieces) on some thread; returns once all of them are done.
     template <class Body> void each(int kind, int num_pieces, Body &&body) {
@@ -55,6 +58,7 @@ class Walk {
     }
 
     Phase *phases_;
+    int thread_;
     int64_t *spent_;
     int64_t since_;
     int at_ = 0;
@@ -66,7 +70,7 @@ class Team {
     explicit Team(int num_threads) {
         threads_.reserve(num_threads);
         try {
-            for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this] { serve(); });
+            for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { serve(i); });
         } catch (const std::system_error &) {
         }
     }
@@ -98,7 +102,7 @@ class Team {
             calls_.fetch_add(1, std::memory_order_release);
             calls_.notify_all();
         }
-        Walk walk(phases_.get(), spent);
+        Walk walk(phases_.get(), 0, spent);
         body(walk);
         if (threads_.empty()) return;
         // Late ones may still be on their way through phases in which nothing is left.
@@ -110,7 +114,7 @@ class Team {
   private:
     static constexpr int CLOSED = -1;
 
-    void serve() {
+    void serve(int thread) {
         for (unsigned seen = 0;;) {
             calls_.wait(seen, std::memory_order_acquire);
             seen = calls_.load(std::memory_order_acquire);
@@ -118,7 +122,7 @@ class Team {
             int inside = inside_.load(std::memory_order_acquire);
             while (inside != CLOSED && !inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acq_rel)) {}
             if (inside == CLOSED) continue;
-            Walk walk(phases_.get(), nullptr);
+            Walk walk(phases_.get(), thread, nullptr);
             call_(body_, walk);
             inside_.fetch_sub(1, std::memory_order_acq_rel);
         }

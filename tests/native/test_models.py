@@ -153,6 +153,15 @@ def test_every_build_is_as_near(tiny: Callable[[str], Tiny], library: Library, n
     assert error(ours, model.exact()) < model.bound(int8_cache)
 
 
+def test_a_soft_cap_on_logits_makes_equals_that_only_logits_show(
+    tiny: Callable[[str], Tiny], best_library: Library
+) -> None:
+    hidden = torch.ones(2, SIZES["hidden_size"])
+    assert tiny("gemma2").native(best_library).likeliest(hidden) is None
+    llama = tiny("llama").native(best_library)
+    assert torch.equal(llama.likeliest(hidden), llama.compute_logits(hidden).argmax(-1))
+
+
 def test_8_bits_take_about_half_of_the_memory(tiny: Callable[[str], Tiny], best_library: Library) -> None:
     model = tiny("llama")
     narrow, wide = (model.native(best_library, int8_cache=int8_cache) for int8_cache in (True, False))
