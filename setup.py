@@ -31,7 +31,7 @@ def native_kernels() -> list[Extension]:
         Extension(
             f"asyncllm.native.{name}",
             sources=[f"{SOURCES}/decoder.cpp"],
-            depends=[f"{SOURCES}/{header}.h" for header in ("simd", "team", "matrix", "pages", "attention")],
+            depends=[str(header) for header in sorted(Path(SOURCES).glob("*.h"))],
             define_macros=[("ASYNCLLM_SOURCES", f'"{sources_digest()}"')],
             extra_compile_args=[*GENERAL, *flags],
             extra_link_args=["-pthread"],

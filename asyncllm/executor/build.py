@@ -85,7 +85,7 @@ def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str
             return build_cuda_executor(config, checkpoint, device, dtype, facts, report, adapters)
         if isinstance(native, str):
             return _build_torch_executor(config, checkpoint, device, dtype, facts, report, adapters)
-        return _build_native_executor(config, checkpoint, native, facts, report)
+        return _build_native_executor(config, checkpoint, native, facts, report, adapters)
     except torch.OutOfMemoryError:
         raise StartupError(
             f"{device} ran out of memory: lower cache.memory_gib, cache.memory_fraction or scheduler.max_batched_tokens"
@@ -141,14 +141,19 @@ def _build_torch_executor(
 
 
 def _build_native_executor(
-    config: Config, checkpoint: Checkpoint, library: Library, facts: dict[str, str], report: Callable[[str], None]
+    config: Config,
+    checkpoint: Checkpoint,
+    library: Library,
+    facts: dict[str, str],
+    report: Callable[[str], None],
+    adapters: "AdapterPlan | None",
 ) -> Executor:
     """A CPU's, on native kernels."""
     from asyncllm.attention.torch_attention import TorchAttention
     from asyncllm.executor.native_executor import NativeExecutor
 
     report("load weights")
-    model = load_native(config, checkpoint, library, TorchAttention())
+    model = load_native(config, checkpoint, library, TorchAttention(), adapters)
 
     report("allocate kv cache")
     token_bytes = native_kv_bytes_per_token(config, checkpoint, library)

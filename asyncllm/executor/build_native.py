@@ -15,6 +15,7 @@ from asyncllm.weights.base import BlockCheckpoint, Checkpoint
 if TYPE_CHECKING:
     from asyncllm.attention.base import AttentionBackend
     from asyncllm.native.decoder import NativeDecoder
+    from asyncllm.weights.lora_stacks import AdapterPlan
 
 DTYPE = "bfloat16"  # of what is not in blocks, and of keys and values unless they are in 8 bits
 
@@ -30,8 +31,6 @@ def find_native(config: Config, architecture: ModelArchitecture, on_gpu: bool) -
         reason = f"executor.attention_backend = {asked}"
     elif on_gpu:
         reason = "on a GPU"
-    elif config.lora.adapters:
-        reason = "lora.adapters are there"
     elif dtype != DTYPE:
         reason = f"the model's dtype is {dtype}"
     else:
@@ -86,16 +85,26 @@ def native_kv_bytes_per_token(config: Config, checkpoint: Checkpoint, library: L
 
 
 def load_native(
-    config: Config, checkpoint: Checkpoint, library: Library, attention: "AttentionBackend"
+    config: Config,
+    checkpoint: Checkpoint,
+    library: Library,
+    attention: "AttentionBackend",
+    adapters: "AdapterPlan | None",
 ) -> "NativeDecoder":
-    """Read a checkpoint and pack it for the kernels. Raises StartupError as `weights.loader.read_model` does."""
+    """Read a checkpoint and adapters, and pack them for the kernels.
+
+    Raises StartupError as `weights.loader.read_model` does.
+    """
     import torch
 
     from asyncllm.native.decoder import NativeDecoder
     from asyncllm.weights.loader import prepare, read_model
+    from asyncllm.weights.lora_stacks import install_adapters
 
     device = torch.device("cpu")
     model = read_model(checkpoint, attention, torch.bfloat16, device, config.model.quantization == "auto")
     prepare(model, fused=False, products=False)
+    install_adapters(adapters, model, torch.bfloat16, device, products=False)
+    spans = () if adapters is None else adapters.spans
     int8_cache = has_int8_cache(config, checkpoint)
-    return NativeDecoder(model, library, config.cache.block_size, torch.get_num_threads(), int8_cache)
+    return NativeDecoder(model, library, config.cache.block_size, torch.get_num_threads(), int8_cache, spans)

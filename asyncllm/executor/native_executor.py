@@ -27,6 +27,7 @@ class NativeExecutor(TorchExecutor):
         self._caches = addresses(self.kv_caches)
         self._step = Step(
             last_tokens=self.slots.last_token.data_ptr(),
+            adapters=self.slots.adapters.ctypes.data,
             block_table=self.slots.block_table.data_ptr(),
             num_columns=self.slots.block_table.shape[1],
             caches=self._caches.ctypes.data,

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from asyncllm.layers.linear import Linear, can_pack
+from asyncllm.layers.blocks import BlockRows
+from asyncllm.layers.linear import Linear, can_pack, take_rows
 from asyncllm.layers.mlp import ACTIVATIONS
 from asyncllm.models.config import Experts
 
 log = logging.getLogger("asyncllm.layers")
+# What a checkpoint calls an expert's matrices, by the stack that has them.
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class ExpertWeights(nn.Module):
@@ -28,13 +31,33 @@ class ExpertWeights(nn.Module):
         self._activate = ACTIVATIONS[activation]
         self._matrices: list[tuple[Tensor, Tensor]] = []  # of each expert, packed or views
         self._packed = False
+        self._blocks: list[BlockRows | None] = [None] * (num_experts * sum(map(len, PARTS.values())))
 
     def parts(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """What a checkpoint calls the single matrices stacked in a parameter, below this module, and where they go."""
-        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[name]
         for index, matrix in enumerate(getattr(self, name)):
-            for part, rows in zip(parts, matrix.chunk(len(parts))):
+            for part, rows in zip(PARTS[name], matrix.chunk(len(PARTS[name]))):
                 yield f"{index}.{part}.weight", rows
+
+    def all_parts(self) -> Iterator[tuple[str, int]]:
+        """All of them in the order that `keep_blocks` counts, and how many rows each has."""
+        for name in PARTS:
+            for part, rows in self.parts(name):
+                yield part, len(rows)
+
+    def keep_blocks(self, part: int, blocks: BlockRows) -> None:
+        """Instead of a part of the weights, which is not filled then, what the checkpoint has."""
+        self._blocks[part] = blocks
+
+    def take_rows(self) -> Iterator[tuple[BlockRows, BlockRows]]:
+        """Let go of the weights, expert by expert: gate above up, and down, as `Linear.take_rows` gives them."""
+        assert self.gate_up_proj is not None and self.down_proj is not None
+        stacks, blocks = zip(self.gate_up_proj.detach(), self.down_proj.detach()), self._blocks
+        first_down = 2 * len(self.gate_up_proj)
+        self.gate_up_proj, self.down_proj, self._blocks = None, None, []
+        for index, (gate_up, down) in enumerate(stacks):
+            gate_up_rows = take_rows(gate_up, [len(gate_up) // 2] * 2, blocks[2 * index : 2 * index + 2])
+            yield gate_up_rows, take_rows(down, [len(down)], blocks[first_down + index : first_down + index + 1])
 
     def prepare(self, fused: bool) -> None:
         """Where `Linear` would, pack each expert's matrices, one stack after the other, and let go of the stack.

@@ -38,16 +38,37 @@ class LoRALinear(nn.Module):
     one behind the other. Columns of other adapters, and of adapters that leave this layer alone, hold zeros in B.
     """
 
-    def __init__(self, base: Linear, down: Tensor, up: Tensor, mask: AdapterMask) -> None:
-        """down [P * R, in_features]; up [P * R, out_features], scaled."""
+    def __init__(
+        self, base: Linear, down: Tensor, up: Tensor, parts: Sequence[tuple[int, int]], mask: AdapterMask
+    ) -> None:
+        """down [P * R, in_features]; up [P * R, out_features], scaled; parts: first row and number of rows of each."""
         super().__init__()
         self.base = base
         with torch.device("meta"):
             self.down = Linear(base.in_features, len(down))
         self.down.weight = nn.Parameter(down, requires_grad=False)
-        self.down.prepare(fused=False)
         self.up = nn.Parameter(up, requires_grad=False)
+        self.parts = parts
         self._mask = mask
+
+    def changes(self, first: int, end: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Of the adapter with columns [first, end): from a row on A [rank, in] and scaled B [rows, rank]; no zeros.
+
+        Before `prepare`.
+        """
+        assert self.down.weight is not None
+        stride = len(self.up) // len(self.parts)
+        found = []
+        for number, (row, num_rows) in enumerate(self.parts):
+            columns = slice(number * stride + first, number * stride + end)
+            up = self.up[columns, row : row + num_rows].t()
+            if up.any():
+                found.append((row, self.down.weight[columns], up))
+        return found
+
+    def prepare(self, fused: bool) -> None:
+        """As `Linear`."""
+        self.down.prepare(fused)
 
     def forward(self, x: Tensor) -> Tensor:  # hot
         """[N, in_features] -> [N, out_features]. A token without adapter gets exactly what the layer alone gives it."""

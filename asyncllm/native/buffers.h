@@ -20,6 +20,7 @@ template <class T> class Buffer {
         }
         return data_;
     }
+    T *data() const { return data_; }
 
   private:
     T *data_ = nullptr;

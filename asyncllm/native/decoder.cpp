@@ -5,9 +5,11 @@
 #include <mutex>
 #include <vector>
 
+#include "adapters.h"
 #include "argmax.h"
 #include "attention.h"
 #include "buffers.h"
+#include "experts.h"
 #include "pack.h"
 #include "pointwise.h"
 #include "team.h"
@@ -17,6 +19,7 @@ namespace {
 constexpr int ROW_BLOCK = 64;          // rows that meet a group of weights while it is in the first cache
 constexpr int PIECES_A_THREAD = 8;     // enough for a thread that is held up to be relieved
 constexpr int MAX_ITEMS_A_PIECE = 16;  // tokens, or tiles of queries
+constexpr int PHASES_A_LAYER = 15;     // at most
 
 // Kinds of phases, whose times are told apart.
 enum Part { BEGIN, NORMS, PRODUCTS, ROTATION, ATTENTION, MLP, HEAD, NUM_PARTS };
@@ -24,7 +27,9 @@ enum Part { BEGIN, NORMS, PRODUCTS, ROTATION, ATTENTION, MLP, HEAD, NUM_PARTS };
 class Decoder {
   public:
     Decoder(const Model &model, int num_threads)
-        : model_(model), layers_(model.layers, model.layers + model.num_layers), team_(num_threads) {
+        : model_(model), layers_(model.layers, model.layers + model.num_layers), team_(num_threads),
+          changes_(model.adapter_width, model.most_adapter_parts),
+          mixture_(model.num_layers, num_experts(), model.num_experts_per_token, model.norm_expert_weights) {
         shape_ = {model.num_heads, model.num_kv_heads, model.head_dim, model.block_size};
         const int widest_inputs = std::max({4 * model.hidden_size, widest(), model.intermediate_size});
         scratch_bytes_ = (size_t)widest_inputs / BLOCK * BLOCK_BYTES[BFLOAT16];
@@ -39,10 +44,15 @@ class Decoder {
         queries_.of(n, model_.num_heads * d);
         angles_.of((size_t)model_.num_rotations * n * d);
         rows_.of(n, widest());
-        wide_rows_.of(n, model_.intermediate_size);
+        const int most_mlp_rows = std::max(n, num_experts() ? mixture_.begin(n) : 0);
+        wide_rows_.of(most_mlp_rows, model_.intermediate_size);
+        if (num_experts()) {
+            expert_rows_.of(most_mlp_rows, model_.hidden_size);
+            expert_outputs_.of((size_t)most_mlp_rows * model_.hidden_size);
+        }
         place_tokens(step);
         plan_tiles(step);
-        team_.run(8 * model_.num_layers + 4, spent, [&](Walk &walk) {
+        team_.run(PHASES_A_LAYER * model_.num_layers + 4, spent, [&](Walk &walk) {
             if (model_.cache_kind == INT8_PAGES) walk_through<Int8Pages>(step, walk);
             else walk_through<Bfloat16Pages>(step, walk);
         });
@@ -82,6 +92,11 @@ class Decoder {
     };
 
     int num_qkv() const { return (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim; }
+    int num_experts() const {
+        int most = 0;
+        for (const Layer &layer : layers_) most = std::max(most, layer.router.n);
+        return most;
+    }
     int widest() const { return std::max(model_.hidden_size, model_.num_heads * model_.head_dim); }
 
     const int64_t *blocks_of(const Step &step, int row) const {
@@ -90,12 +105,15 @@ class Decoder {
 
     void place_tokens(const Step &step) {
         tokens_.clear();
+        changes_.begin(step.num_tokens);
         for (int row = 0; row < step.num_rows; ++row) {
+            const int adapter = step.adapters ? (int)step.adapters[step.slots[row]] : 0;
             for (int64_t i = 0; i < step.query_lens[row]; ++i) {
                 const int64_t id = row < step.num_decode_rows ? step.last_tokens[step.slots[row]]
                                                               : step.token_ids[tokens_.size() - step.num_decode_rows];
                 const int64_t position = step.computed[row] + i;
                 tokens_.push_back({id, position, blocks_of(step, row)[position / shape_.block_size]});
+                changes_.add_token(adapter);
             }
         }
     }
@@ -116,7 +134,7 @@ class Decoder {
     template <class Pages> void walk_through(const Step &step, Walk &walk) {
         const int n = step.num_tokens, hidden = model_.hidden_size;
         float *residual = residual_.of(0), *branch = branch_.of(0);
-        const Rows rows = rows_.of(0, widest()), wide = wide_rows_.of(0, model_.intermediate_size);
+        const Rows rows = rows_.of(0, widest());
         each_item(walk, BEGIN, n, [&](int t) { begin_token(step, t, residual + (size_t)t * hidden); });
         const Norm *pending = nullptr;  // of the branch that is not yet added
         const auto add_and_norm = [&](bool has_branch, const Norm &next, auto &&use) {
@@ -131,15 +149,16 @@ class Decoder {
                 use(t, next, stream, added);
             });
         };
-        const auto prepare_for = [&](const Matrix &matrix) {
-            return [&](int t, const Norm &norm, const float *stream, float *scratch) {
+        const auto prepare_for = [&](const Matrix &matrix, bool in_bfloat16) {
+            return [&, in_bfloat16](int t, const Norm &norm, const float *stream, float *scratch) {
                 apply_norm(norm, stream, scratch, hidden, model_.norm_eps);
                 prepare_row(rows, matrix.kind, hidden, t, scratch);
+                if (in_bfloat16 && matrix.kind != BFLOAT16) prepare_row(rows, BFLOAT16, hidden, t, scratch);
             };
         };
         for (int l = 0; l < model_.num_layers; ++l) {
             const Layer &layer = layers_[l];
-            add_and_norm(l > 0, layer.before_attention, prepare_for(layer.qkv));
+            add_and_norm(l > 0, layer.before_attention, prepare_for(layer.qkv, layer.qkv.adapters));
             product(walk, PRODUCTS, layer.qkv, rows, n, qkv_.of(0), num_qkv());
             const Cache<Pages> cache{(uint8_t *)step.caches[l], shape_};
             each_item(walk, ROTATION, n, [&](int t) { store_token(step, layer, cache, t); });
@@ -148,9 +167,10 @@ class Decoder {
             });
             product(walk, PRODUCTS, layer.out, rows, n, branch, hidden);
             pending = &layer.after_attention;
-            add_and_norm(true, layer.before_mlp, prepare_for(layer.up));
-            product_activated(walk, layer, rows, wide, n);
-            product(walk, MLP, layer.down, wide, n, branch, hidden);
+            const Matrix &up = layer.mlps[0].up;
+            add_and_norm(true, layer.before_mlp, prepare_for(up, up.adapters || layer.router.n));
+            if (layer.router.n) mix_experts(walk, l, rows, n, branch);
+            else compute_mlp(walk, layer.mlps[0], rows, n, branch);
             pending = &layer.after_mlp;
         }
         add_and_norm(true, model_.last_norm, [&](int t, const Norm &norm, const float *stream, float *) {
@@ -231,7 +251,7 @@ class Decoder {
             const int query = place.first + r, token = place.token + query / group, head = kv_head * group + query % group;
             for (int i = 0; i < d; i += BLOCK) {
                 const float *x = tile.outputs[r] + i;
-                prepare_block(rows, layer.out.kind, width, token, head * d + i, simd::load(x), simd::load(x + GROUP));
+                prepare_for(layer.out, rows, width, token, head * d + i, simd::load(x), simd::load(x + GROUP));
             }
         }
     }
@@ -244,42 +264,72 @@ class Decoder {
         });
     }
 
-    // Pieces of a product of n rows and a number of units of outputs: body(first row, rows, first unit, last unit + 1).
-    template <class Body> void each_piece(Walk &walk, Part part, int n, int num_units, Body &&body) {
-        const int row_blocks = (n + ROW_BLOCK - 1) / ROW_BLOCK;
-        const int wanted = std::max(1, PIECES_A_THREAD * team_.num_threads() / row_blocks);
+    // Pieces of a product of blocks of rows and a number of units of outputs: body(block, first unit, last unit + 1).
+    template <class Body> void each_piece(Walk &walk, Part part, int num_blocks, int num_units, Body &&body) {
+        const int wanted = std::max(1, PIECES_A_THREAD * team_.num_threads() / std::max(1, num_blocks));
         const int units = std::max(1, num_units / wanted), columns = (num_units + units - 1) / units;
-        walk.each(part, row_blocks * columns, [&](int i) {
-            const int row = i % row_blocks * ROW_BLOCK, unit = i / row_blocks * units;
-            body(row, std::min(ROW_BLOCK, n - row), unit, std::min(unit + units, num_units));
+        walk.each(part, num_blocks * columns, [&](int i) {
+            const int unit = i / num_blocks * units;
+            body(i % num_blocks, unit, std::min(unit + units, num_units));
+        });
+    }
+
+    // The same of n rows: body(first row, rows, first unit, last unit + 1).
+    template <class Body> void each_piece_of_rows(Walk &walk, Part part, int n, int num_units, Body &&body) {
+        each_piece(walk, part, (n + ROW_BLOCK - 1) / ROW_BLOCK, num_units, [&](int block, int begin, int end) {
+            body(block * ROW_BLOCK, std::min(ROW_BLOCK, n - block * ROW_BLOCK), begin, end);
         });
     }
 
     // A thread's memory for a widened group of any matrix, or for four of `up`.
     uint8_t *scratch_of(const Walk &walk) { return scratch_.of(0) + walk.thread() * scratch_bytes_; }
 
+    // 32 values of a row, as a product with a matrix wants them, and its adapters.
+    static void prepare_for(const Matrix &matrix, const Rows &rows, int k, int row, int at, simd::Floats first, simd::Floats second) {
+        prepare_block(rows, matrix.kind, k, row, at, first, second);
+        if (matrix.adapters && matrix.kind != BFLOAT16) prepare_block(rows, BFLOAT16, k, row, at, first, second);
+    }
+
+    // What is added to products of rows with a group of weights.
+    void add_rest(const Matrix &matrix, int row, int num_rows, int g, float *out, int stride) const {
+        add_bias(matrix, num_rows, g, out, stride);
+        changes_.add(matrix, row, num_rows, g, out, stride);
+    }
+
+    // What adapters change needs this before a product with a matrix.
+    void begin_changes(Walk &walk, Part part, const Matrix &matrix, const Rows &rows) {
+        const int num_pieces = changes_.num_pieces(matrix);
+        if (num_pieces) each_item(walk, part, num_pieces, [&](int i) { changes_.narrow(matrix, rows, i); });
+    }
+
     // to [n, width] = rows · matrix
     void product(Walk &walk, Part part, const Matrix &matrix, const Rows &rows, int n, float *to, int width) {
-        each_piece(walk, part, n, matrix.num_groups(), [&](int row, int num_rows, int begin, int end) {
-            uint8_t *scratch = scratch_of(walk);
-            for (int g = begin; g < end; ++g) {
-                const Group weights = group_for(matrix, g, num_rows, scratch);
-                const bool whole = (g + 1) * GROUP <= matrix.n;
-                for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
-                    const int some = std::min(simd::TILE_ROWS, num_rows - r);
-                    float *at = to + (size_t)(row + r) * width + g * GROUP;
-                    if (whole) {
-                        multiply(weights, rows, row + r, some, at, width);
-                    } else {
-                        float results[simd::TILE_ROWS * GROUP];
-                        multiply(weights, rows, row + r, some, results, GROUP);
-                        const size_t num_bytes = sizeof(float) * (matrix.n - g * GROUP);
-                        for (int i = 0; i < some; ++i) std::memcpy(at + (size_t)i * width, results + i * GROUP, num_bytes);
-                    }
-                    add_bias(matrix, some, g, at, width);
-                }
-            }
+        begin_changes(walk, part, matrix, rows);
+        each_piece_of_rows(walk, part, n, matrix.num_groups(), [&](int row, int num_rows, int begin, int end) {
+            multiply_groups(walk, matrix, rows, row, num_rows, begin, end, to, width);
         });
+    }
+
+    void multiply_groups(Walk &walk, const Matrix &matrix, const Rows &rows, int row, int num_rows, int begin, int end, float *to,
+                         int width) {
+        uint8_t *scratch = scratch_of(walk);
+        for (int g = begin; g < end; ++g) {
+            const Group weights = group_for(matrix, g, num_rows, scratch);
+            const bool whole = (g + 1) * GROUP <= matrix.n;
+            for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
+                const int some = std::min(simd::TILE_ROWS, num_rows - r);
+                float *at = to + (size_t)(row + r) * width + g * GROUP;
+                if (whole) {
+                    multiply(weights, rows, row + r, some, at, width);
+                } else {
+                    float results[simd::TILE_ROWS * GROUP];
+                    multiply(weights, rows, row + r, some, results, GROUP);
+                    const size_t num_bytes = sizeof(float) * (matrix.n - g * GROUP);
+                    for (int i = 0; i < some; ++i) std::memcpy(at + (size_t)i * width, results + i * GROUP, num_bytes);
+                }
+                add_rest(matrix, row + r, some, g, at, width);
+            }
+        }
     }
 
     void prepare_for_head(Walk &walk, const Rows &rows, const float *hidden, int num_rows) {
@@ -291,7 +341,7 @@ class Decoder {
 
     void find_bests(Walk &walk, const Rows &rows, int n) {
         const Matrix &head = model_.head;
-        each_piece(walk, HEAD, n, head.num_groups(), [&](int row, int num_rows, int begin, int end) {
+        each_piece_of_rows(walk, HEAD, n, head.num_groups(), [&](int row, int num_rows, int begin, int end) {
             alignas(64) float values[ROW_BLOCK * GROUP], groups[ROW_BLOCK * GROUP], results[simd::TILE_ROWS * GROUP];
             std::fill_n(values, num_rows * GROUP, -INFINITY);
             std::fill_n(groups, num_rows * GROUP, 0.0f);
@@ -319,41 +369,84 @@ class Decoder {
         });
     }
 
-    // to = act(rows · gate) * (rows · up), or act(rows · up), as the layer's `down` wants it.
-    void product_activated(Walk &walk, const Layer &layer, const Rows &rows, const Rows &to, int n) {
-        const int inner = model_.intermediate_size, up_groups = inner / GROUP;
-        each_piece(walk, MLP, n, inner / BLOCK, [&](int row, int num_rows, int begin, int end) {
-            alignas(64) float gate[simd::TILE_ROWS * BLOCK], up[simd::TILE_ROWS * BLOCK];
-            const size_t group_bytes = (size_t)layer.up.k / BLOCK * BLOCK_BYTES[BFLOAT16];
-            uint8_t *scratch = scratch_of(walk);
-            for (int block = begin; block < end; ++block) {
-                Group gates[2], ups[2];
-                for (int half = 0; half < 2; ++half) {
-                    const int g = 2 * block + half;
-                    gates[half] = group_for(layer.up, g, num_rows, scratch + half * group_bytes);
-                    if (model_.is_gated) ups[half] = group_for(layer.up, up_groups + g, num_rows, scratch + (2 + half) * group_bytes);
-                }
-                for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
-                    const int some = std::min(simd::TILE_ROWS, num_rows - r);
-                    for (int half = 0; half < 2; ++half) {
-                        const int g = 2 * block + half;
-                        multiply(gates[half], rows, row + r, some, gate + half * GROUP, BLOCK);
-                        add_bias(layer.up, some, g, gate + half * GROUP, BLOCK);
-                        if (!model_.is_gated) continue;
-                        multiply(ups[half], rows, row + r, some, up + half * GROUP, BLOCK);
-                        add_bias(layer.up, some, up_groups + g, up + half * GROUP, BLOCK);
-                    }
-                    for (int i = 0; i < some; ++i) {
-                        simd::Floats y[2];
-                        for (int half = 0; half < 2; ++half) {
-                            y[half] = activate(model_.activation, simd::load(gate + i * BLOCK + half * GROUP));
-                            if (model_.is_gated) y[half] = simd::mul(y[half], simd::load(up + i * BLOCK + half * GROUP));
-                        }
-                        prepare_block(to, layer.down.kind, inner, row + r + i, block * BLOCK, y[0], y[1]);
-                    }
+    // to [n, hidden] = the MLP of rows
+    void compute_mlp(Walk &walk, const FeedForward &mlp, const Rows &rows, int n, float *to) {
+        const Rows wide = wide_rows_.of(0, mlp.down.k);
+        begin_changes(walk, MLP, mlp.up, rows);
+        each_piece_of_rows(walk, MLP, n, mlp.down.k / BLOCK, [&](int row, int num_rows, int begin, int end) {
+            activate_blocks(walk, mlp, rows, wide, row, num_rows, begin, end);
+        });
+        product(walk, MLP, mlp.down, wide, n, to, model_.hidden_size);
+    }
+
+    // to [n, hidden] = what the best experts make of each row, weighed
+    void mix_experts(Walk &walk, int l, const Rows &rows, int n, float *to) {
+        const Layer &layer = layers_[l];
+        const int hidden = model_.hidden_size, each = mixture_.per_token();
+        const FeedForward &first = layer.mlps[0];
+        const Rows gathered = expert_rows_.of(0, hidden), wide = wide_rows_.of(0, first.down.k);
+        product(walk, MLP, layer.router, rows, n, mixture_.logits(), layer.router.n);
+        each_item(walk, MLP, n, [&](int t) { mixture_.choose(t); });
+        walk.each(MLP, 1, [&](int) { mixture_.plan(l, n, ROW_BLOCK); });
+        each_item(walk, MLP, n * each, [&](int i) {
+            copy_row(rows, i / each, gathered, mixture_.row(i / each, i % each), first.up.kind, hidden);
+        });
+        const std::vector<RowBlock> &blocks = mixture_.blocks(l);
+        each_piece(walk, MLP, (int)blocks.size(), first.down.k / BLOCK, [&](int i, int begin, int end) {
+            activate_blocks(walk, layer.mlps[blocks[i].expert], gathered, wide, blocks[i].row, blocks[i].num_rows, begin, end);
+        });
+        float *outputs = expert_outputs_.data();
+        each_piece(walk, MLP, (int)blocks.size(), first.down.num_groups(), [&](int i, int begin, int end) {
+            const Matrix &down = layer.mlps[blocks[i].expert].down;
+            multiply_groups(walk, down, wide, blocks[i].row, blocks[i].num_rows, begin, end, outputs, hidden);
+        });
+        each_item(walk, MLP, n, [&](int t) {
+            float *sum = to + (size_t)t * hidden;
+            std::fill_n(sum, hidden, 0.0f);
+            for (int i = 0; i < each; ++i) {
+                const float *one = outputs + (size_t)mixture_.row(t, i) * hidden;
+                const simd::Floats weight = simd::all(mixture_.weight(t, i));
+                for (int at = 0; at < hidden; at += GROUP) {
+                    simd::store(sum + at, simd::fma(weight, simd::load(one + at), simd::load(sum + at)));
                 }
             }
         });
+    }
+
+    // to = act(rows · gate) * (rows · up), or act(rows · up), as the MLP's `down` wants it; blocks [begin, end) of it.
+    void activate_blocks(Walk &walk, const FeedForward &mlp, const Rows &rows, const Rows &to, int row, int num_rows, int begin,
+                         int end) {
+        const int inner = mlp.down.k, up_groups = inner / GROUP;
+        alignas(64) float gate[simd::TILE_ROWS * BLOCK], up[simd::TILE_ROWS * BLOCK];
+        const size_t group_bytes = (size_t)mlp.up.k / BLOCK * BLOCK_BYTES[BFLOAT16];
+        uint8_t *scratch = scratch_of(walk);
+        for (int block = begin; block < end; ++block) {
+            Group gates[2], ups[2];
+            for (int half = 0; half < 2; ++half) {
+                const int g = 2 * block + half;
+                gates[half] = group_for(mlp.up, g, num_rows, scratch + half * group_bytes);
+                if (model_.is_gated) ups[half] = group_for(mlp.up, up_groups + g, num_rows, scratch + (2 + half) * group_bytes);
+            }
+            for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
+                const int some = std::min(simd::TILE_ROWS, num_rows - r);
+                for (int half = 0; half < 2; ++half) {
+                    const int g = 2 * block + half;
+                    multiply(gates[half], rows, row + r, some, gate + half * GROUP, BLOCK);
+                    add_rest(mlp.up, row + r, some, g, gate + half * GROUP, BLOCK);
+                    if (!model_.is_gated) continue;
+                    multiply(ups[half], rows, row + r, some, up + half * GROUP, BLOCK);
+                    add_rest(mlp.up, row + r, some, up_groups + g, up + half * GROUP, BLOCK);
+                }
+                for (int i = 0; i < some; ++i) {
+                    simd::Floats y[2];
+                    for (int half = 0; half < 2; ++half) {
+                        y[half] = activate(model_.activation, simd::load(gate + i * BLOCK + half * GROUP));
+                        if (model_.is_gated) y[half] = simd::mul(y[half], simd::load(up + i * BLOCK + half * GROUP));
+                    }
+                    prepare_for(mlp.down, to, inner, row + r + i, block * BLOCK, y[0], y[1]);
+                }
+            }
+        }
     }
 
     static constexpr int MAX_HEAD_DIM = 512;
@@ -366,10 +459,12 @@ class Decoder {
     std::vector<TilePlace> tiles_;
     std::vector<Best> bests_;  // of rows
     std::mutex bests_lock_;
-    Buffer<float> residual_, branch_, qkv_, angles_;
+    Changes changes_;
+    Mixture mixture_;
+    Buffer<float> residual_, branch_, qkv_, angles_, expert_outputs_;
     Buffer<uint8_t> scratch_;
     size_t scratch_bytes_;  // of each thread
-    RowBuffers rows_, wide_rows_, queries_;
+    RowBuffers rows_, wide_rows_, queries_, expert_rows_;
 };
 
 // What a caller in Python can make of an exception.

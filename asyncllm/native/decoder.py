@@ -5,6 +5,7 @@ read it, and lets go of the rest. A step is one call for all layers and one for 
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from asyncllm.attention.base import AttentionMetadata
 from asyncllm.huge_pages import advise_huge_pages
+from asyncllm.layers.blocks import BlockRows
 from asyncllm.layers.embedding import Embedding
+from asyncllm.layers.experts import SparseMLP
 from asyncllm.layers.linear import Linear
-from asyncllm.layers.mlp import GatedMLP
+from asyncllm.layers.lora import LoRALinear
+from asyncllm.layers.mlp import GatedMLP, PlainMLP
 from asyncllm.layers.norm import LayerNorm, RMSNorm
 from asyncllm.layers.rotary import Rotary
 from asyncllm.models.decoder import DecoderForCausalLM, DecoderLayer
@@ -24,6 +28,7 @@ from asyncllm.native import library as c
 from asyncllm.native.library import Library
 
 ALIGNMENT = 64
+SLAB_BYTES = 256 * 2**20  # of packed weights; a matrix that takes more has its own
 KEPT_BYTES = 64 * 2**20  # of hidden states and of logits each, for steps that need no more
 
 
@@ -35,23 +40,32 @@ class NativeDecoder:
     balance_tokens = 2
 
     def __init__(
-        self, model: nn.Module, library: Library, block_size: int, num_threads: int, int8_cache: bool = False
+        self,
+        model: nn.Module,
+        library: Library,
+        block_size: int,
+        num_threads: int,
+        int8_cache: bool = False,
+        adapter_spans: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Empties `model`, a DecoderForCausalLM. `num_threads` compute, the caller's among them.
 
-        `int8_cache`: keys and values are kept in 8 bits, otherwise in bfloat16.
+        `int8_cache`: keys and values are kept in 8 bits, otherwise in bfloat16. `adapter_spans`: see `AdapterMask`.
         """
         assert isinstance(model, DecoderForCausalLM)
         self.architecture = model.architecture
+        self._adapter_spans = adapter_spans
+        self._adapter_width = max((-(-(end - first) // 32) * 32 for first, end in adapter_spans), default=0)
         self.num_bytes = 0  # of packed weights
         self.kinds: set[int] = set()  # of matrices
+        self._most_adapter_parts = 0  # of one matrix
         self.block_bytes = library.block_bytes(self.architecture, block_size, int8_cache)  # a cache: [num_blocks, this]
         self._library = library
         self._owned: list[Any] = []  # what the structures point to
         self._decoder: int | None = None
         # For all steps; pages that none needs are never touched. Fresh ones would cost more than to fill them.
         self._hidden, self._logits = (torch.empty(KEPT_BYTES // 4, dtype=torch.float32) for _ in range(2))
-        self._arena = _Arena(_most_bytes(model, library))
+        self._arena = _Arena()
         with torch.inference_mode():
             structure = self._describe(model, block_size, int8_cache)
         self._decoder = library.decoder_new(ctypes.byref(structure), num_threads)
@@ -62,10 +76,16 @@ class NativeDecoder:
         if self._decoder is not None:
             self._library.decoder_delete(self._decoder)
 
-    def forward(self, input_ids: Tensor, metadata: AttentionMetadata, kv_caches: list[Tensor]) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        metadata: AttentionMetadata,
+        kv_caches: list[Tensor],
+        adapters: npt.NDArray[np.int64] | None = None,
+    ) -> Tensor:
         """[N] int64 -> [N, hidden] float32; stores keys and values in `kv_caches`, uint8 [num_blocks, block_bytes].
 
-        As any `CausalLM`; the executor fills in a step itself.
+        As any `CausalLM`; `adapters`: [L] by slot, from 1, 0 = none. The executor fills in a step itself.
         """
         query_lens = np.array(metadata.query_lens, dtype=np.int64)
         computed = np.array(metadata.seq_lens_host, dtype=np.int64) - query_lens
@@ -74,6 +94,7 @@ class NativeDecoder:
             num_rows=len(query_lens),
             num_tokens=len(input_ids),
             slots=metadata.slots.data_ptr(),
+            adapters=None if adapters is None else adapters.ctypes.data,
             computed=computed.ctypes.data,
             query_lens=query_lens.ctypes.data,
             token_ids=input_ids.data_ptr(),
@@ -125,11 +146,10 @@ class NativeDecoder:
         head = None if a.tie_word_embeddings else self._matrix(model.lm_head)
         embedding = self._matrix(decoder.embed_tokens)
         positions = decoder.embed_positions
-        described = (c.Layer * len(layers))(*(self._layer(layer, rotaries) for layer in layers))
-        self._owned.append(described)
+        described = self._array(c.Layer, [self._layer(layer, rotaries) for layer in layers])
         return c.Model(
             hidden_size=a.hidden_size,
-            intermediate_size=a.intermediate_size,
+            intermediate_size=max(a.intermediate_size, 0 if a.experts is None else a.experts.intermediate_size),
             num_layers=a.num_layers,
             num_heads=a.num_heads,
             num_kv_heads=a.num_kv_heads,
@@ -139,6 +159,10 @@ class NativeDecoder:
             is_gated=a.gated_mlp,
             num_rotations=len(rotaries),
             cache_kind=c.INT8_PAGES if int8_cache else c.BFLOAT16_PAGES,
+            num_experts_per_token=0 if a.experts is None else a.experts.num_experts_per_token,
+            norm_expert_weights=a.experts is not None and a.experts.norm_topk_prob,
+            adapter_width=self._adapter_width,
+            most_adapter_parts=self._most_adapter_parts,
             norm_eps=a.rms_norm_eps,
             embedding_scale=decoder.embed_tokens.scale,
             layers=described,
@@ -152,6 +176,13 @@ class NativeDecoder:
 
     def _layer(self, layer: DecoderLayer, rotaries: list[Rotary]) -> c.Layer:
         attention, mlp = layer.self_attn, layer.mlp
+        if isinstance(mlp, SparseMLP):
+            router = self._pack(_bfloat16_rows(mlp.gate.take_rows().values()))
+            mlps = [c.FeedForward(self._pack(up), self._pack(down)) for up, down in mlp.experts.take_rows()]
+        else:
+            assert isinstance(mlp, GatedMLP | PlainMLP)
+            up = mlp.gate_up_proj if isinstance(mlp, GatedMLP) else mlp.up_proj
+            router, mlps = c.Matrix(), [c.FeedForward(self._matrix(up), self._matrix(mlp.down_proj))]
         has_branch_norms = layer.pre_feedforward_layernorm is not None
         # Gemma 2 and 3 call the norm of attention's result what others call the norm before the MLP.
         after, before = layer.post_attention_layernorm, layer.pre_feedforward_layernorm
@@ -164,8 +195,8 @@ class NativeDecoder:
             k_norm=self._floats(None if attention.k_norm is None else attention.k_norm.weight),
             qkv=self._matrix(attention.qkv_proj),
             out=self._matrix(attention.o_proj),
-            up=self._matrix(mlp.gate_up_proj if isinstance(mlp, GatedMLP) else cast(Linear, mlp.up_proj)),
-            down=self._matrix(cast(Linear, mlp.down_proj)),
+            mlps=self._array(c.FeedForward, mlps),
+            router=router,
             scale=attention.scale,
             soft_cap=attention.soft_cap,
             window=attention.window,
@@ -185,10 +216,37 @@ class NativeDecoder:
         self._owned.append(kept)
         return kept.data_ptr()
 
-    def _matrix(self, layer: Linear | Embedding) -> c.Matrix:
-        """Pack a layer's weight, and let go of it."""
-        bias = self._floats(layer.bias) if isinstance(layer, Linear) else None
-        rows = layer.take_rows()
+    def _array(self, kind: type[ctypes.Structure], items: Sequence[ctypes.Structure]) -> Any:
+        """Structures side by side that live as long as this does."""
+        array = (kind * len(items))(*items)
+        self._owned.append(array)
+        return array
+
+    def _matrix(self, layer: Linear | Embedding | LoRALinear | nn.Module) -> c.Matrix:
+        """Pack a layer's weight and its adapters, and let go of them."""
+        if isinstance(layer, LoRALinear):
+            matrix = self._matrix(layer.base)
+            adapters = [self._adapter(layer.changes(*span)) for span in self._adapter_spans]
+            matrix.adapters = ctypes.cast(self._array(c.Adapter, adapters), ctypes.c_void_p)
+            return matrix
+        assert isinstance(layer, Linear | Embedding)
+        return self._pack(layer.take_rows(), self._floats(layer.bias) if isinstance(layer, Linear) else None)
+
+    def _adapter(self, changes: list[tuple[int, Tensor, Tensor]]) -> c.Adapter:
+        """`changes`: as `LoRALinear.changes` gives them."""
+        if not changes:
+            return c.Adapter()
+        width = self._adapter_width
+        parts = []
+        for row, _, up in changes:
+            first, end = row // c.GROUP, (row + len(up)) // c.GROUP
+            assert row % c.GROUP == len(up) % c.GROUP == 0  # of heads and of inner features, multiples of 32
+            parts.append(c.AdapterPart(first, end, self._pack(_filled_up(up, len(up), width))))
+        down = torch.cat([_filled_up(down, width, down.shape[1]).values() for _, down, _ in changes])
+        self._most_adapter_parts = max(self._most_adapter_parts, len(parts))
+        return c.Adapter(self._pack(_bfloat16_rows(down)), len(parts), self._array(c.AdapterPart, parts))
+
+    def _pack(self, rows: BlockRows, bias: int | None = None) -> c.Matrix:
         stored, kind = c.STORED[rows.kind]
         n, k = rows.shape
         data = self._arena.place(self._library.packed_bytes(kind, n, k))
@@ -213,30 +271,37 @@ def _rows_of(kept: Tensor, num_rows: int, width: int) -> Tensor:
     return memory[:num_values].view(num_rows, width)
 
 
+def _bfloat16_rows(values: Tensor) -> BlockRows:
+    return BlockRows("BF16", values.to(torch.bfloat16).contiguous().view(torch.uint8))
+
+
+def _filled_up(values: Tensor, num_rows: int, num_columns: int) -> BlockRows:
+    """With zeros, to [num_rows, num_columns]."""
+    filled = torch.zeros(num_rows, num_columns)
+    filled[: values.shape[0], : values.shape[1]] = values
+    return _bfloat16_rows(filled)
+
+
 def _amplitude(rotary: Rotary) -> Tensor:
     return torch.ones_like(rotary.inv_freq) if rotary.amplitude is None else rotary.amplitude
 
 
 class _Arena:
-    """Memory for all packed weights, side by side: of what is not taken no page is ever touched."""
+    """Memory for packed weights, side by side in slabs: of what is not taken no page is ever touched."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self._memory = torch.empty(num_bytes, dtype=torch.uint8)
-        self._taken = -self._memory.data_ptr() % ALIGNMENT
-        advise_huge_pages(self._memory.data_ptr(), num_bytes)
+    def __init__(self) -> None:
+        self._slabs: list[Tensor] = []
+        self._taken = 0  # of the last one
 
     def place(self, num_bytes: int) -> int:
         """The address where what is taken next begins, and that many bytes at most may lie."""
-        assert self._taken + num_bytes <= len(self._memory)
-        return self._memory.data_ptr() + self._taken
+        if not self._slabs or self._taken + num_bytes > len(self._slabs[-1]):
+            slab = torch.empty(max(num_bytes + ALIGNMENT, SLAB_BYTES), dtype=torch.uint8)
+            advise_huge_pages(slab.data_ptr(), len(slab))
+            self._slabs.append(slab)
+            self._taken = -slab.data_ptr() % ALIGNMENT
+        return self._slabs[-1].data_ptr() + self._taken
 
     def take(self, num_bytes: int) -> None:
         """Keep the bytes that were written."""
         self._taken += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _most_bytes(model: nn.Module, library: Library) -> int:
-    """What all weights take if none of them is in blocks."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear | Embedding)]
-    shapes = [layer.weight.shape for layer in layers if layer.weight is not None]
-    return sum(library.packed_bytes(c.BFLOAT16, *shape) + ALIGNMENT for shape in shapes) + ALIGNMENT

@@ -44,7 +44,26 @@ class Matrix(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("adapters", ctypes.c_void_p),
     ]
+
+
+class AdapterPart(ctypes.Structure):
+    """What an adapter adds to some groups of a matrix's outputs."""
+
+    _fields_ = [("begin", ctypes.c_int32), ("end", ctypes.c_int32), ("up", Matrix)]
+
+
+class Adapter(ctypes.Structure):
+    """What an adapter adds to a matrix."""
+
+    _fields_ = [("down", Matrix), ("num_parts", ctypes.c_int32), ("parts", ctypes.POINTER(AdapterPart))]
+
+
+class FeedForward(ctypes.Structure):
+    """An MLP, or one of a layer's experts."""
+
+    _fields_ = [("up", Matrix), ("down", Matrix)]
 
 
 class Norm(ctypes.Structure):
@@ -60,7 +79,9 @@ class Layer(ctypes.Structure):
         *((name, Norm) for name in ("before_attention", "after_attention", "before_mlp", "after_mlp")),
         ("q_norm", ctypes.c_void_p),
         ("k_norm", ctypes.c_void_p),
-        *((name, Matrix) for name in ("qkv", "out", "up", "down")),
+        *((name, Matrix) for name in ("qkv", "out")),
+        ("mlps", ctypes.POINTER(FeedForward)),
+        ("router", Matrix),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
         ("window", ctypes.c_int32),
@@ -86,6 +107,10 @@ class Model(ctypes.Structure):
                 "is_gated",
                 "num_rotations",
                 "cache_kind",
+                "num_experts_per_token",
+                "norm_expert_weights",
+                "adapter_width",
+                "most_adapter_parts",
             )
         ),
         ("norm_eps", ctypes.c_float),
@@ -111,6 +136,7 @@ class Step(ctypes.Structure):
         ("computed", ctypes.c_void_p),
         ("query_lens", ctypes.c_void_p),
         ("last_tokens", ctypes.c_void_p),
+        ("adapters", ctypes.c_void_p),
         ("token_ids", ctypes.c_void_p),
         ("block_table", ctypes.c_void_p),
         ("num_columns", ctypes.c_int64),
@@ -196,11 +222,14 @@ def find_library(flags: frozenset[str]) -> Library | str:
 def why_not(architecture: ModelArchitecture, block_size: int) -> str:
     """What keeps a model from running on these kernels, in a few words; empty where nothing does."""
     a = architecture
+    sizes = {"hidden size": a.hidden_size, "head size": a.head_dim}
+    if any(not kind.has_experts for kind in a.layers):
+        sizes["intermediate size"] = a.intermediate_size
     if a.experts is not None:
-        return "the model has experts"
-    sizes = (a.hidden_size, a.intermediate_size, a.head_dim)
-    if any(size % ROW_MULTIPLE for size in sizes):
-        return f"not all of hidden size, intermediate size and head size {sizes} are multiples of {ROW_MULTIPLE}"
+        sizes["experts' intermediate size"] = a.experts.intermediate_size
+    for name, size in sizes.items():
+        if size % ROW_MULTIPLE:
+            return f"the {name} {size} is not a multiple of {ROW_MULTIPLE}"
     if a.head_dim > MAX_HEAD_DIM:
         return f"the head size {a.head_dim} is above {MAX_HEAD_DIM}"
     if block_size % PAGE:

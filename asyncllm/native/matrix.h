@@ -31,17 +31,33 @@ constexpr int GROUP = 16;  // outputs
 constexpr int BLOCK_BYTES[] = {1024, 320, 576};
 constexpr int NARROW_BYTES = 768;  // a block of bfloat16 in 12 bits
 
+struct Adapter;
+
 struct Matrix {
     int32_t kind;
-    int32_t n, k;            // outputs, inputs; k a multiple of 32
-    const uint8_t *data;     // groups; the last one is filled up with zeros
-    const int64_t *offsets;  // BFLOAT16: of each group in data
-    const float *bias;       // [n], or null
+    int32_t n, k;             // outputs, inputs; k a multiple of 32
+    const uint8_t *data;      // groups; the last one is filled up with zeros
+    const int64_t *offsets;   // BFLOAT16: of each group in data
+    const float *bias;        // [n], or null
+    const Adapter *adapters;  // one for each that the model has, or null
 
     int num_groups() const { return (n + GROUP - 1) / GROUP; }
     const uint8_t *group(int g) const {
         return data + (kind == BFLOAT16 ? offsets[g] : (int64_t)g * (k / BLOCK) * BLOCK_BYTES[kind]);
     }
+};
+
+// What an adapter changes of some groups of a matrix's outputs: what is added is up · down · x.
+struct AdapterPart {
+    int32_t begin, end;  // groups of the matrix
+    Matrix up;           // BFLOAT16, [16 * (end - begin), width]
+};
+
+// What an adapter changes of a matrix. All of a model's adapters are as wide as the one with the largest rank.
+struct Adapter {
+    Matrix down;         // BFLOAT16, [num_parts * width, k]
+    int32_t num_parts;   // 0: nothing is changed
+    const AdapterPart *parts;
 };
 
 // Bytes before the blocks of a group of bfloat16.
@@ -116,6 +132,24 @@ inline void prepare_row(const Rows &rows, int kind, int k, int row, const float 
     for (int i = 0; i < k; i += BLOCK) {
         const Floats first = load(x + i), second = load(x + i + GROUP);
         prepare_block(rows, kind, k, row, i, first, second, largest(max(abs(first), abs(second))) > limit);
+    }
+}
+
+// Copies a prepared row of k.
+inline void copy_row(const Rows &from, int row, const Rows &to, int to_row, int kind, int k) {
+    const size_t at = (size_t)row * k, to_at = (size_t)to_row * k, num_blocks = k / BLOCK;
+    if (kind == BFLOAT16) {
+        std::memcpy(to.values + to_at, from.values + at, sizeof(uint16_t) * k);
+        return;
+    }
+    std::memcpy(to.quants + to_at, from.quants + at, k);
+    std::memcpy(to.fine + to_at, from.fine + at, k);
+    std::memcpy(to.scales + to_at / BLOCK, from.scales + at / BLOCK, sizeof(float) * num_blocks);
+    std::memcpy(to.sums + to_at / BLOCK, from.sums + at / BLOCK, sizeof(float) * num_blocks);
+    std::memcpy(to.starts + to_at / BLOCK, from.starts + at / BLOCK, sizeof(int32_t) * num_blocks);
+    std::memcpy(to.fine_starts + to_at / BLOCK, from.fine_starts + at / BLOCK, sizeof(int32_t) * num_blocks);
+    for (size_t b = 0; b < num_blocks; ++b) {
+        to.marks[mark_place(to_row, (int)num_blocks, (int)b)] = from.marks[mark_place(row, (int)num_blocks, (int)b)];
     }
 }
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Those whose values a test compares with the gguf package's, one by one.
 SERVED_TYPES = (*DTYPES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+EXPERT = "{expert}"  # in names of tensors that have all experts' matrices, [E, out, in]
 SLAB_VALUES = 1 << 20  # dequantized at once: gguf joins pieces, so a whole embedding would take twice its size
 
 
@@ -80,9 +81,13 @@ class GGUFCheckpoint:
         for name, info, data in self._stored():
             if self._stays_in_blocks(name, info):
                 num_bytes, kind = num_tensor_bytes(self._path, info), ggml_type(self._path, info).name
-                stored = numpy.array(data[info.offset : info.offset + num_bytes]).reshape(info.shape[0], -1)
+                stored = numpy.array(data[info.offset : info.offset + num_bytes]).reshape(_num_rows(info), -1)
                 rows = torch.from_numpy(as_blocks(kind, stored))
-                yield name, BlockRows(blocks_kind(kind), self._in_halves(name, rows))
+                if EXPERT in name:
+                    for expert, matrix in enumerate(rows.chunk(info.shape[0])):
+                        yield name.format(expert=expert), BlockRows(blocks_kind(kind), matrix)
+                else:
+                    yield name, BlockRows(blocks_kind(kind), self._in_halves(name, rows))
             else:
                 tensor = torch.from_numpy(dequantized(self._path, data, info))
                 yield from _as_hugging_face(self._family, name, self._in_halves(name, tensor))
@@ -106,7 +111,7 @@ class GGUFCheckpoint:
     def _stays_in_blocks(self, name: str, info: TensorInfo) -> bool:
         from asyncllm.layers.blocks import BLOCK_VALUES
 
-        is_matrix = len(info.shape) == 2 and info.shape[1] % BLOCK_VALUES == 0
+        is_matrix = len(info.shape) == (3 if EXPERT in name else 2) and info.shape[-1] % BLOCK_VALUES == 0
         transposed = name.rpartition(".")[0].endswith(self._family.transposed)
         return is_matrix and not transposed and ggml_type(self._path, info).name not in ("F32", "F16")
 
@@ -143,7 +148,7 @@ class GGUFCheckpoint:
 def _as_hugging_face(family: GGUFFamily, name: str, tensor: "torch.Tensor") -> "Iterator[tuple[str, torch.Tensor]]":
     """Undo what the family's converter did to a tensor."""
     module = name.rpartition(".")[0]
-    if "{expert}" in name:  # all experts' matrices in one: [E, out, in]
+    if EXPERT in name:
         for expert, matrix in enumerate(tensor):
             yield name.format(expert=expert), matrix
     elif family.norm_plus_one and module.endswith("norm"):

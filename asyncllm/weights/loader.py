@@ -64,14 +64,14 @@ def read_model(
 
 
 def prepare(model: nn.Module, fused: bool, products: bool = True) -> None:
-    """Let each layer make ready for its first step, linear ones only if `products`.
+    """Let each layer make ready for its first step, those of products only if `products`.
 
     Outer ones first: attention may reorder what its projections then pack.
     """
     with torch.inference_mode(False), torch.no_grad():
         for module in model.modules():
             prepare_module = getattr(module, "prepare", None)
-            if prepare_module is not None and (products or not isinstance(module, Linear)):
+            if prepare_module is not None and (products or not isinstance(module, Linear | ExpertWeights)):
                 prepare_module(fused)
 
 
@@ -128,27 +128,38 @@ def _parts_of(path: str, module: nn.Module, name: str, parameter: Tensor) -> dic
     return None
 
 
-def _block_places(model: nn.Module) -> dict[str, list[tuple[Linear | Embedding, int, int]]]:
-    """The weights that may stay in blocks: by tensor name the layer, which of its parts, and the rows of that.
+class BlockPlace(msgspec.Struct, frozen=True):
+    """Where blocks of a checkpoint may stay."""
 
-    All parts of a layer, one after the other, where a checkpoint may have them in one tensor.
+    layer: Linear | Embedding | ExpertWeights
+    part: int
+    num_rows: int
+
+
+def _block_places(model: nn.Module) -> dict[str, list[BlockPlace]]:
+    """The weights that may stay in blocks, by tensor name.
+
+    All parts of a linear layer, one after the other, where a checkpoint may have them in one tensor.
     """
-    places: dict[str, list[tuple[Linear | Embedding, int, int]]] = {}
+    places: dict[str, list[BlockPlace]] = {}
     for path, module in model.named_modules():
         if isinstance(module, Linear) and module.parts:
             parent, sizes = path.rpartition(".")[0], module.parts.items()
             whole = places[f"{path}.weight"] = []
             for part, (name, num_rows) in enumerate(sizes):
-                places[f"{parent}.{name}.weight"] = [(module, part, num_rows)]
-                whole.append((module, part, num_rows))
+                places[f"{parent}.{name}.weight"] = [BlockPlace(module, part, num_rows)]
+                whole += places[f"{parent}.{name}.weight"]
+        elif isinstance(module, ExpertWeights):
+            for number, (part_name, num_rows) in enumerate(module.all_parts()):
+                places[f"{path}.{part_name}"] = [BlockPlace(module, number, num_rows)]
         elif isinstance(module, Linear | Embedding) and module.weight is not None:
-            places[f"{path}.weight"] = [(module, 0, len(module.weight))]
+            places[f"{path}.weight"] = [BlockPlace(module, 0, len(module.weight))]
     return places
 
 
 def _fill(checkpoint: Checkpoint, model: nn.Module, keep_blocks: bool) -> None:
     targets, stacks, family = targets_of(model), stacks_of(model), checkpoint.architecture.family
-    places: dict[str, list[tuple[Linear | Embedding, int, int]]] = {}
+    places: dict[str, list[BlockPlace]] = {}
     stream: Iterable[tuple[str, Tensor | BlockRows]] = checkpoint.tensors()
     if keep_blocks and isinstance(checkpoint, BlockCheckpoint):
         places, stream = _block_places(model), checkpoint.tensors_in_blocks()
@@ -179,9 +190,8 @@ def _fill(checkpoint: Checkpoint, model: nn.Module, keep_blocks: bool) -> None:
         if blocks is None:
             destination.copy_(tensor)
         elif name in places:
-            sizes = [num_rows for _, _, num_rows in places[name]]
-            for (layer, part, _), rows in zip(places[name], blocks.rows.split(sizes)):
-                layer.keep_blocks(part, BlockRows(blocks.kind, rows))
+            for place, rows in zip(places[name], blocks.rows.split([place.num_rows for place in places[name]])):
+                place.layer.keep_blocks(place.part, BlockRows(blocks.kind, rows))
         else:
             destination.copy_(blocks.values())
         missing.difference_update(filled)

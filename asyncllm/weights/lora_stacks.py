@@ -164,9 +164,16 @@ def _list(numbers: "frozenset[int] | set[int]") -> str:
 
 
 def install_adapters(
-    plan: AdapterPlan | None, model: CausalLM, dtype: torch.dtype, device: torch.device
+    plan: AdapterPlan | None,
+    model: CausalLM | nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    products: bool = True,
 ) -> AdapterMask | None:
-    """Put the adapters into a loaded model; the mask is to be told whose each step's tokens are. None without any."""
+    """Put the adapters into a loaded model; the mask is to be told whose each step's tokens are. None without any.
+
+    `products`: they make ready for their first step.
+    """
     if plan is None:
         return None
     assert isinstance(model, nn.Module)
@@ -188,7 +195,10 @@ def install_adapters(
                 up[first:end, columns] = (file.get_tensor(layer.up.name).float() * layer.scale).to(device, dtype)
             if isinstance(parent, DecoderAttention) and base is parent.qkv_proj:
                 parent.arrange(up)
-            setattr(parent, name, LoRALinear(base, down, up.t().contiguous(), mask))
+            adapted = LoRALinear(base, down, up.t().contiguous(), stack.blocks, mask)
+            if products:
+                adapted.prepare(fused=False)
+            setattr(parent, name, adapted)
     return mask
 
 

@@ -41,6 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smollm3": {"family": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2},
     "qwen2": {"family": "qwen2"},
     "qwen3": {"family": "qwen3", "rms_norm_eps": 0.1, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "qwen3-moe": {"family": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+                  "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "qwen3-moe-not-normed": {"family": "qwen3_moe", "num_experts": 19, "num_experts_per_tok": 3,
+                             "moe_intermediate_size": 32, "norm_topk_prob": False},
     "phi3": {"family": "phi3", "rope_parameters": LONG, "original_max_position_embeddings": 4, "sliding_window": 150},
     "starcoder2": {"family": "starcoder2", "sliding_window": 40, "use_bias": True},
     "gemma": {"family": "gemma", "tie_word_embeddings": True},
@@ -52,7 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {"family": "gpt2", "n_inner": 96, "tie_word_embeddings": True},
 }  # fmt: skip
 LENGTH = 180  # behind a chunk of 128 keys; all windows above are shorter
-EVERY_BUILD = ("llama", "llama-three-heads-of-96", "gemma2", "gpt2")  # each kind of norm, activation and of rows
+# Each kind of norm, activation and of rows.
+EVERY_BUILD = ("llama", "llama-three-heads-of-96", "gemma2", "gpt2", "qwen3-moe")
 
 
 class Tiny:
@@ -96,7 +101,10 @@ class Tiny:
         only there. Measured for the models here: 0.47 to 0.62 times; with keys and values in 8 bits 0.85 to 1.45.
         """
         theirs = type(self.reference).from_pretrained(self.directory, dtype=torch.bfloat16)
-        return (1.5 if int8_cache else 0.8) * error(logits_of(theirs, self.tokens), self.exact())
+        return (1.5 if int8_cache else 0.8) * self.error(logits_of(theirs, self.tokens))
+
+    def error(self, logits: torch.Tensor) -> float:
+        return error(logits, self.exact(), self.checkpoint.architecture.experts is not None)
 
 
 def logits_of(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
@@ -111,8 +119,13 @@ def decoder_of_blocks(checkpoint: Checkpoint, library: Library) -> NativeDecoder
     return NativeDecoder(model, library, 16, 2)
 
 
-def error(logits: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((logits - exact).pow(2).mean().sqrt())
+def error(logits: torch.Tensor, exact: torch.Tensor, has_experts: bool = False) -> float:
+    """The root of the mean square; with experts, of a token that has it better than three of four.
+
+    Rounding makes a few tokens choose other experts, and spoils all that attend to them: in every precision.
+    """
+    squares = (logits - exact).pow(2)
+    return float((squares.mean(1).quantile(0.25) if has_experts else squares.mean()).sqrt())
 
 
 def runner_of(model: NativeDecoder, block_size: int = 16, seed: int = 0) -> PagedRunner:
@@ -143,14 +156,14 @@ def test_logits_are_about_as_near_to_float32_as_those_of_transformers_in_bfloat1
 ) -> None:
     model = tiny(name)
     ours = whole(model.native(best_library, int8_cache=int8_cache), model.tokens)
-    assert error(ours, model.exact()) < model.bound(int8_cache)
+    assert model.error(ours) < model.bound(int8_cache)
 
 
 @pytest.mark.parametrize("name", EVERY_BUILD)
 def test_every_build_is_as_near(tiny: Callable[[str], Tiny], library: Library, name: str, int8_cache: bool) -> None:
     model = tiny(name)
     ours = whole(model.native(library, int8_cache=int8_cache), model.tokens)
-    assert error(ours, model.exact()) < model.bound(int8_cache)
+    assert model.error(ours) < model.bound(int8_cache)
 
 
 def test_a_soft_cap_on_logits_makes_equals_that_only_logits_show(
@@ -202,7 +215,7 @@ def test_a_slightly_wrong_window_scale_or_soft_cap_would_not_be(
 ) -> None:
     model = tiny(name)
     [wrong] = runner_of(model.native(best_library, change=change)).step([("a", model.tokens)])
-    assert error(wrong, model.exact()) > 1.5 * model.bound()
+    assert model.error(wrong) > 1.5 * model.bound()
 
 
 @pytest.mark.parametrize("kind", [Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
@@ -229,11 +242,33 @@ def test_a_file_in_blocks_has_the_logits_of_its_values(
     assert torch.equal(torch.cat([rows.step([("a", [token])])[0] for token in tokens]), ours)
 
 
+@pytest.mark.parametrize("kind", [Kind.BF16, Kind.Q8_0, Kind.Q4_1])
+def test_experts_in_blocks_have_the_logits_of_their_values(tmp_path: Path, library: Library, kind: Kind) -> None:
+    settings = {**SIZES, "initializer_range": 0.1, **VARIANTS["qwen3-moe"]}
+    reference = llama(**{**settings, "mlp_only_layers": []})
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if parameter.ndim > 1:
+                stored = gguf.quants.quantize(parameter.numpy(), Kind.F32 if name.endswith("mlp.gate.weight") else kind)
+                read = gguf.quants.dequantize(stored, Kind.F32 if name.endswith("mlp.gate.weight") else kind)
+                parameter.copy_(torch.from_numpy(read))
+    write_in_blocks(tmp_path / "model.gguf", "qwen3_moe", reference, kind)
+    tokens = tokens_of(6, 40)
+    exact = logits_of(reference, tokens)
+    checkpoint = open_checkpoint(str(tmp_path))
+    native = decoder_of_blocks(checkpoint, library)
+    assert native.num_bytes < 1.25 * checkpoint.num_bytes  # the router in groups of 16
+    [ours] = runner_of(native).step([("a", tokens)])
+    assert error(ours, exact, has_experts=True) < 0.03 * float(exact.std())
+    rows = PagedRunner(native, 1, 64, 16, torch.bfloat16)
+    assert torch.equal(torch.cat([rows.step([("a", [token])])[0] for token in tokens]), ours)
+
+
 def whole(model: NativeDecoder, tokens: list[int], block_size: int = 16) -> torch.Tensor:
     return runner_of(model, block_size).step([("a", tokens)])[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-three-heads-of-96", "gemma2", "gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "llama-three-heads-of-96", "gemma2", "gemma3", "mistral", "qwen3-moe"])
 def test_a_prompt_cut_anywhere_has_the_logits_of_the_whole(
     tiny: Callable[[str], Tiny], library: Library, name: str, int8_cache: bool
 ) -> None:
@@ -249,7 +284,7 @@ def test_a_prompt_cut_anywhere_has_the_logits_of_the_whole(
         assert torch.equal(torch.cat(logits), expected), cuts
 
 
-@pytest.mark.parametrize("name", ["llama-yarn", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama-yarn", "gemma2", "gpt2", "qwen3-moe-not-normed"])
 def test_a_sequence_in_any_company_on_any_number_of_threads_has_the_logits_it_has_alone(
     tiny: Callable[[str], Tiny], library: Library, name: str, int8_cache: bool
 ) -> None:
@@ -324,10 +359,11 @@ def test_larger_blocks_hold_the_same(tiny: Callable[[str], Tiny], library: Libra
             assert torch.equal(torch.cat([runner.step([("a", part)])[0] for part in parts]), expected)
 
 
+@pytest.mark.parametrize("name", ["llama-yarn", "qwen3-moe"])
 def test_two_thousand_steps_of_more_threads_than_cores_are_all_the_same(
-    tiny: Callable[[str], Tiny], best_library: Library
+    tiny: Callable[[str], Tiny], best_library: Library, name: str
 ) -> None:
-    model = tiny("llama-yarn")
+    model = tiny(name)
     native = model.native(best_library, num_threads=4)
     alone = whole(model.native(best_library, num_threads=1), model.tokens[:60])
     for lap in range(2000):
@@ -347,21 +383,23 @@ def test_a_decoder_that_is_let_go_of_ends_its_threads(tiny: Callable[[str], Tiny
     assert len(list(tasks.iterdir())) == before
 
 
-def test_a_table_of_positions_in_blocks_is_read(
-    tmp_path: Path, best_library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = gguf.GGUFWriter.add_tensor
-
-    def in_blocks(writer: gguf.GGUFWriter, name: str, values: numpy.ndarray) -> None:
-        if values.ndim == 2:
-            plain(writer, name, gguf.quants.quantize(values, Kind.Q8_0), raw_dtype=Kind.Q8_0)
-        else:
-            plain(writer, name, values)
-
-    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", in_blocks)
+def test_a_table_of_positions_in_blocks_is_read(tmp_path: Path, best_library: Library) -> None:
     reference = llama(family="gpt2", hidden_size=128, vocab_size=259, initializer_range=0.1)
-    write_converted(tmp_path / "model.gguf", "gpt2", reference)
+    write_in_blocks(tmp_path / "model.gguf", "gpt2", reference, Kind.Q8_0)
     tokens = tokens_of(8, 30)
     exact = logits_of(reference, tokens)
     native = decoder_of_blocks(open_checkpoint(str(tmp_path)), best_library)
     assert error(whole(native, tokens), exact) < 0.05 * float(exact.std())
+
+
+def write_in_blocks(path: Path, family: str, model: PreTrainedModel, kind: Kind) -> None:
+    """As a converter does: all matrices of a kind but routers."""
+
+    class Writer(gguf.GGUFWriter):
+        def add_tensor(self, name: str, tensor: numpy.ndarray, *args: Any, **kwargs: Any) -> None:
+            if tensor.ndim == 1 or "ffn_gate_inp" in name:
+                super().add_tensor(name, tensor)
+            else:
+                super().add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+
+    write_converted(path, family, model, Writer)

@@ -26,10 +26,10 @@ ARCHITECTURES = {
 INTERLEAVED = ("llama", "smollm3")  # whose rope llama.cpp computes over neighbouring dimensions
 
 
-def write_converted(path: Path, family: str, model: Any) -> None:
+def write_converted(path: Path, family: str, model: Any, writer_type: type[gguf.GGUFWriter] = gguf.GGUFWriter) -> None:
     """The model in float32 with the tiny tokenizer."""
     architecture = ARCHITECTURES[family]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    writer = writer_type(path, gguf.MODEL_ARCH_NAMES[architecture])
     config = model.config
     if family == "gpt2":
         _gpt2_keys(writer, config)
