@@ -154,7 +154,7 @@ def build(checkpoint: Checkpoint, config: Config) -> Executor:
 
 
 def decode_plan(executor: Executor, num_rows: int, context: int) -> StepPlan:
-    """A step of greedy rows, each with a context of its own, which was never computed but costs the same to read.
+    """A step of greedy rows, each with a token and a context of its own, never computed but as costly to read.
 
     Also seats the rows, at a first step that is not measured.
     """
@@ -167,7 +167,7 @@ def decode_plan(executor: Executor, num_rows: int, context: int) -> StepPlan:
         samples=[True] * num_rows,
         num_decode_rows=num_rows,
         token_ids=[],
-        new_slots=[SlotInit(row, SamplingParams(max_tokens=1, temperature=0.0), [0], 1) for row in range(num_rows)],
+        new_slots=[SlotInit(row, SamplingParams(max_tokens=1, temperature=0.0), [row], 1) for row in range(num_rows)],
         block_writes=[(row, c, 1 + row * per_row + c) for row in range(num_rows) for c in range(per_row)],
         banned={},
         logprob_rows={},

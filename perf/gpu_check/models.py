@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from asyncllm.models.config import Experts, ModelArchitecture
+from asyncllm.models.config import Experts, LayerKind, ModelArchitecture
 from asyncllm.weights.base import TextFacts
 from asyncllm.weights.dummy import DummyCheckpoint
 
@@ -56,17 +56,38 @@ LLAMA_31_8B = msgspec.structs.replace(
     head_dim=128,
     tie_word_embeddings=False,
 )
-ARCHITECTURES = {"qwen3-0.6b": QWEN3_06B, "llama-3.2-1b": LLAMA_32_1B, "llama-3.1-8b": LLAMA_31_8B}
-MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+QWEN3_30B_EXPERTS = Experts(num_experts=128, num_experts_per_token=8, intermediate_size=768, norm_topk_prob=True)
+# Four of Qwen3-30B-A3B's layers, and a vocabulary in proportion.
+QWEN3_30B_PART = ModelArchitecture(
+    family="qwen3_moe",
+    vocab_size=16384,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_layers=4,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position=40960,
+    tie_word_embeddings=True,
+    qk_norm=True,
+    layer_kinds=(LayerKind(has_experts=True),),
+    experts=QWEN3_30B_EXPERTS,
+)
+ARCHITECTURES = {
+    "qwen3-0.6b": QWEN3_06B,
+    "llama-3.2-1b": LLAMA_32_1B,
+    "llama-3.1-8b": LLAMA_31_8B,
+    "qwen3-30b-a3b-part": QWEN3_30B_PART,
+}
+MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+TINY_EXPERTS = Experts(num_experts=5, num_experts_per_token=2, intermediate_size=24, norm_topk_prob=True)
 
 
 def experts(tiny: bool = False) -> tuple[int, Experts]:
     """Hidden size and experts of a layer of Qwen3-30B-A3B, or of one that a CPU computes in milliseconds."""
-    num_experts, num_chosen, inner = (5, 2, 24) if tiny else (128, 8, 768)
-    sizes = Experts(
-        num_experts=num_experts, num_experts_per_token=num_chosen, intermediate_size=inner, norm_topk_prob=True
-    )
-    return (40 if tiny else 2048), sizes
+    return (40, TINY_EXPERTS) if tiny else (QWEN3_30B_PART.hidden_size, QWEN3_30B_EXPERTS)
 
 
 def architecture(name: str, tiny: bool = False) -> ModelArchitecture:
@@ -84,6 +105,7 @@ def architecture(name: str, tiny: bool = False) -> ModelArchitecture:
         num_kv_heads=1,
         head_dim=64,
         max_position=512,
+        experts=real.experts and msgspec.structs.replace(TINY_EXPERTS, intermediate_size=32),
         dtype="float32",
     )
 
@@ -95,6 +117,18 @@ def checkpoint(name: str, shapes: ModelArchitecture) -> DummyCheckpoint:
 
 def hugging_face_config(shapes: ModelArchitecture) -> dict[str, Any]:
     """The architecture in the words of config.json."""
+    experts = (
+        {}
+        if shapes.experts is None
+        else {
+            "num_experts": shapes.experts.num_experts,
+            "num_experts_per_tok": shapes.experts.num_experts_per_token,
+            "moe_intermediate_size": shapes.experts.intermediate_size,
+            "norm_topk_prob": shapes.experts.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    )
     return {
         "architectures": [MODEL_TYPES[shapes.family]],
         "model_type": shapes.family,
@@ -113,6 +147,7 @@ def hugging_face_config(shapes: ModelArchitecture) -> dict[str, Any]:
         "hidden_act": "silu",
         "dtype": shapes.dtype,
         "eos_token_id": NUM_BYTES,
+        **experts,
     }
 
 

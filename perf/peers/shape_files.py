@@ -12,6 +12,7 @@ from perf.gpu_check.models import NUM_BYTES, hugging_face_config, synthetic_toke
 
 KINDS = ("bf16", "q4_0", "q4_1")  # of a file's matrices
 STD = 0.02  # as models are initialised for training: activations neither vanish nor overflow
+ROUTER = "ffn_gate_inp"  # which converters leave in float32
 MERGED = "ĠĠ"  # the writer leaves out an empty list of merges, and llama.cpp wants one
 
 
@@ -32,7 +33,7 @@ def write_random(target: Path, shapes: ModelArchitecture, kind: str) -> None:
     import numpy
 
     wanted = gguf.GGMLQuantizationType[kind.upper()]
-    writer = gguf.GGUFWriter(target, shapes.family)
+    writer = gguf.GGUFWriter(target, shapes.family.replace("_", ""))
     file_types = {"bf16": "MOSTLY_BF16", "q4_0": "MOSTLY_Q4_0", "q4_1": "MOSTLY_Q4_1"}
     writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
     _write_facts(writer, shapes)
@@ -41,12 +42,13 @@ def write_random(target: Path, shapes: ModelArchitecture, kind: str) -> None:
             writer.add_tensor(name, numpy.ones(shape, numpy.float32))
             continue
         drawn = numpy.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, numpy.float32)
-        writer.add_tensor(name, gguf.quantize(drawn * numpy.float32(STD), wanted), raw_dtype=wanted)
+        kept = gguf.GGMLQuantizationType.F32 if ROUTER in name else wanted
+        writer.add_tensor(name, gguf.quantize(drawn * numpy.float32(STD), kept), raw_dtype=kept)
     write_and_close(writer)
 
 
 def tensors(shapes: ModelArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, (out, in), of a Qwen3 or a Llama."""
+    """Names and shapes, (out, in), of a Qwen3, with experts or without, or a Llama."""
     hidden, inner, head_dim = shapes.hidden_size, shapes.intermediate_size, shapes.head_dim
     query, kv = shapes.num_heads * head_dim, shapes.num_kv_heads * head_dim
     yield "token_embd.weight", (shapes.vocab_size, hidden)
@@ -58,10 +60,17 @@ def tensors(shapes: ModelArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
             "attn_v": (kv, hidden),
             "attn_output": (hidden, query),
             "ffn_norm": (hidden,),
-            "ffn_gate": (inner, hidden),
-            "ffn_up": (inner, hidden),
-            "ffn_down": (hidden, inner),
         }
+        if shapes.experts is None:
+            block |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
+        else:
+            count, one = shapes.experts.num_experts, shapes.experts.intermediate_size
+            block |= {
+                ROUTER: (count, hidden),
+                "ffn_gate_exps": (count, one, hidden),
+                "ffn_up_exps": (count, one, hidden),
+            }
+            block["ffn_down_exps"] = (count, hidden, one)
         if shapes.qk_norm:
             block |= {"attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,)}
         for name, shape in block.items():
@@ -73,6 +82,10 @@ def tensors(shapes: ModelArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _write_facts(writer: Any, shapes: ModelArchitecture) -> None:
     add_sizes(writer, hugging_face_config(shapes))
+    if shapes.experts is not None:
+        writer.add_expert_count(shapes.experts.num_experts)
+        writer.add_expert_used_count(shapes.experts.num_experts_per_token)
+        writer.add_expert_feed_forward_length(shapes.experts.intermediate_size)
     writer.add_key_length(shapes.head_dim)
     writer.add_value_length(shapes.head_dim)
     writer.add_rope_freq_base(shapes.rope_theta)

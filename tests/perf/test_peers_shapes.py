@@ -19,14 +19,15 @@ ROWS = [1, 3]
 SMALL = ["--rows", "1,3", "--context", "9", "--steps", "2", "--prompt-tokens", "20", "--rounds", "1"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_of_any_kind_opens_as_the_shape_it_was_written_of(kind: str, tmp_path: Path) -> None:
-    write_random(tmp_path / "a.gguf", TINY, kind)
+@pytest.mark.parametrize(("name", "kind"), [*(("qwen3-0.6b", kind) for kind in KINDS), ("qwen3-30b-a3b-part", "q4_0")])
+def test_a_file_of_any_kind_opens_as_the_shape_it_was_written_of(name: str, kind: str, tmp_path: Path) -> None:
+    shapes = architecture(name, tiny=True)
+    write_random(tmp_path / "a.gguf", shapes, kind)
     found = open_checkpoint(str(tmp_path / "a.gguf")).architecture
 
     # The file holds it in float32.
-    assert found.rms_norm_eps == pytest.approx(TINY.rms_norm_eps, rel=1e-6)
-    assert found == msgspec.structs.replace(TINY, rms_norm_eps=found.rms_norm_eps, dtype="bfloat16")
+    assert found.rms_norm_eps == pytest.approx(shapes.rms_norm_eps, rel=1e-6)
+    assert found == msgspec.structs.replace(shapes, rms_norm_eps=found.rms_norm_eps, dtype="bfloat16")
 
 
 def test_the_kinds_of_a_shape_hold_the_same_numbers_as_near_as_they_can(tmp_path: Path) -> None:
@@ -50,9 +51,13 @@ def test_the_real_shape_has_as_many_weights_as_the_model() -> None:
     assert counted == 596_049_920
 
 
-@pytest.mark.parametrize("kind", ["bf16", "q4_0"])
-def test_our_executor_is_measured_on_a_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_random(tmp_path / "a.gguf", TINY, kind)
+@pytest.mark.parametrize(
+    ("name", "kind"), [("qwen3-0.6b", "bf16"), ("qwen3-0.6b", "q4_0"), ("qwen3-30b-a3b-part", "q4_0")]
+)
+def test_our_executor_is_measured_on_a_file(
+    name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_random(tmp_path / "a.gguf", architecture(name, tiny=True), kind)
     assert shape_ours.main([str(tmp_path / "a.gguf"), *SMALL[:-2]]) == 0
     found = msgspec.json.decode(capsys.readouterr().out.splitlines()[-1], type=Speed)
 
@@ -73,8 +78,10 @@ def test_a_prompt_of_our_executor_is_one_step_over_fresh_blocks(tmp_path: Path) 
     assert executor.launch(plan).wait().token_ids == executor.launch(plan).wait().token_ids
 
 
-def test_transformers_are_measured_with_as_many_rows_as_asked() -> None:
-    found = shape_transformers.measure(hugging_face_config(TINY), ROWS, context=9, steps=2, prompt_tokens=20)
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-30b-a3b-part"])
+def test_transformers_are_measured_with_as_many_rows_as_asked(name: str) -> None:
+    config = hugging_face_config(architecture(name, tiny=True))
+    found = shape_transformers.measure(config, ROWS, context=9, steps=2, prompt_tokens=20)
 
     assert list(found["decode"]) == ROWS
     assert min(*found["decode"].values(), found["prompt"]) > 0
