@@ -89,7 +89,7 @@ def load_native(
     checkpoint: Checkpoint,
     library: Library,
     attention: "AttentionBackend",
-    adapters: "AdapterPlan | None",
+    adapters: "AdapterPlan | None" = None,
 ) -> "NativeDecoder":
     """Read a checkpoint and adapters, and pack them for the kernels.
 

@@ -45,19 +45,21 @@ def cpu_has_bfloat16(root: Path = _SYSTEM) -> bool:
 
 @cache
 def cpu_flags(root: Path = _SYSTEM) -> frozenset[str]:
-    """What the processor can do, in Linux's words; empty where the kernel does not tell."""
-    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+    """What the processor can do, in Linux's words, and whose it is; empty where the kernel does not tell."""
+    words = f"{_cpu_fact('vendor_id', root)} {_cpu_fact('flags', root) or _cpu_fact('Features', root)}"
+    return frozenset(words.split())
 
 
 def cpu_name(root: Path = _SYSTEM) -> str:
     """The processor's marketing name, or "" where the kernel does not tell."""
+    return _cpu_fact("model name", root)
+
+
+def _cpu_fact(name: str, root: Path) -> str:
+    """Of the first processor that has it."""
     for line in (_read(root / "proc/cpuinfo") or "").splitlines():
         key, _, value = line.partition(":")
-        if key.strip() == "model name":
+        if key.strip() == name:
             return value.strip()
     return ""
 

@@ -95,5 +95,5 @@ class Changes {
     int width_, most_parts_, num_tokens_ = 0;
     std::vector<int> adapters_;  // of tokens
     std::vector<Run> runs_;
-    Buffer<uint16_t> narrow_;    // [parts, tokens, width]
+    Buffer<simd::Value> narrow_;  // [parts, tokens, width]
 };

@@ -28,7 +28,7 @@ template <class T> class Buffer {
 };
 
 struct RowBuffers {
-    Buffer<uint16_t> values;
+    Buffer<simd::Value> values;
     Buffer<int8_t> quants, fine;
     Buffer<float> scales, sums;
     Buffer<int32_t> starts, fine_starts;

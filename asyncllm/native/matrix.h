@@ -14,8 +14,8 @@
 // Before the blocks a group has a byte for each, its least exponent, or 0 for a block as it is; so groups differ in size.
 // Three of four vectors of 16 pairs lie in the high 12 bits of words, the fourth in the low 4 bits of the three.
 //
-// Rows meet BFLOAT16 as bfloat16; the others as int8 with a scale per block, so that the products are of integers
-// (llama.cpp's way). Most of the error that this brings is in the few blocks with a row's largest values: those of hidden
+// Rows meet BFLOAT16 as bfloat16 or float32 (simd.h); the others as int8 with a scale per block, so that products are of
+// integers (llama.cpp's way). Most of the error that this brings is in the few blocks with a row's largest values: those of hidden
 // states have seven bits more, in a second int8. A row's result depends on that row alone, not on how many are beside it.
 #pragma once
 
@@ -65,7 +65,7 @@ inline size_t least_bytes(int k) { return ((size_t)k / BLOCK + 63) / 64 * 64; }
 
 // Rows of k inputs each, as products of a kind take them.
 struct Rows {
-    uint16_t *values;       // BFLOAT16: [rows, k]
+    simd::Value *values;    // BFLOAT16: [rows, k]
     int8_t *quants;         // the others: [rows, k]
     int8_t *fine;           // [rows, k], in blocks that are marked
     float *scales;          // [rows, k / 32]: x = quants * scale, or (128 * quants + fine) * scale
@@ -89,8 +89,8 @@ inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, si
     using namespace simd;
     const size_t place = (size_t)row * k + at;
     if (kind == BFLOAT16) {
-        store_bfloat16(rows.values + place, first);
-        store_bfloat16(rows.values + place + LANES, second);
+        store_values(rows.values + place, first);
+        store_values(rows.values + place + LANES, second);
         return;
     }
     const float most = largest(max(abs(first), abs(second)));
@@ -139,7 +139,7 @@ inline void prepare_row(const Rows &rows, int kind, int k, int row, const float 
 inline void copy_row(const Rows &from, int row, const Rows &to, int to_row, int kind, int k) {
     const size_t at = (size_t)row * k, to_at = (size_t)to_row * k, num_blocks = k / BLOCK;
     if (kind == BFLOAT16) {
-        std::memcpy(to.values + to_at, from.values + at, sizeof(uint16_t) * k);
+        std::memcpy(to.values + to_at, from.values + at, sizeof(*to.values) * k);
         return;
     }
     std::memcpy(to.quants + to_at, from.quants + at, k);
@@ -168,6 +168,13 @@ struct Group {
     bool is_wide = false;  // of BFLOAT16: nothing but pairs, none of them in 12 bits
 };
 
+constexpr int AHEAD = 2048;  // bytes that weights are asked for before they are met
+
+// While a block is computed, one to come gets here from memory: a processor alone does not look that far ahead.
+inline void read_ahead(const uint8_t *block, int num_bytes) {
+    for (int i = 0; i < num_bytes; i += 64) _mm_prefetch((const char *)block + AHEAD + i, _MM_HINT_T0);
+}
+
 // R rows times one group of outputs: out[row * stride + output], output 0..15.
 template <int R>
 inline void multiply_four_bit(const Group &w, const Rows &x, int row, float *out, int stride) {
@@ -178,6 +185,7 @@ inline void multiply_four_bit(const Group &w, const Rows &x, int row, float *out
     Floats y[R];
     for (int r = 0; r < R; ++r) y[r] = zero();
     for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[FOUR_BIT]) {
+        read_ahead(at, BLOCK_BYTES[FOUR_BIT]);
         Ints products[R];
         for (int r = 0; r < R; ++r) products[r] = ints(0);
         const int8_t *quants = x.quants + (size_t)row * w.k + b * BLOCK;
@@ -221,6 +229,7 @@ inline void multiply_eight_bit(const Group &w, const Rows &x, int row, float *ou
     Floats y[R];
     for (int r = 0; r < R; ++r) y[r] = zero();
     for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[EIGHT_BIT]) {
+        read_ahead(at, BLOCK_BYTES[EIGHT_BIT]);
         Ints products[R];
         for (int r = 0; r < R; ++r) products[r] = ints(starts[r * num_blocks + b]);
         const int8_t *quants = x.quants + (size_t)row * w.k + b * BLOCK;
@@ -231,6 +240,7 @@ inline void multiply_eight_bit(const Group &w, const Rows &x, int row, float *ou
             }
         }
         if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
+#pragma GCC unroll 8  // or the products do not stay in registers
             for (int r = 0; r < R; ++r) {
                 if (!(marks >> (8 * r) & 1)) continue;
                 const size_t block = (size_t)(row + r) * num_blocks + b;
@@ -250,7 +260,7 @@ inline void multiply_eight_bit(const Group &w, const Rows &x, int row, float *ou
 }
 
 // Calls use(pair of inputs, weights) for all of a group, 16 outputs by two inputs at a time.
-template <class Use> inline void each_pair(const uint8_t *group, int k, Use &&use) {
+template <class Use> [[gnu::always_inline]] inline void each_pair(const uint8_t *group, int k, Use &&use) {
     using namespace simd;
     const uint8_t *at = group + least_bytes(k);
     for (int b = 0; b < k / BLOCK; ++b) {
@@ -272,18 +282,19 @@ template <class Use> inline void each_pair(const uint8_t *group, int k, Use &&us
 template <int R>
 inline void multiply_bfloat16(const Group &w, const Rows &x, int row, float *out, int stride) {
     using namespace simd;
-    const uint16_t *values = x.values + (size_t)row * w.k;
-    Floats y[R];
-    for (int r = 0; r < R; ++r) y[r] = zero();
-    const auto use = [&](int pair, const Ints &weights) {
-        for (int r = 0; r < R; ++r) y[r] = dot_bfloat16(y[r], weights, pair_at(values + (size_t)r * w.k + 2 * pair));
+    const Value *values = x.values + (size_t)row * w.k;
+    Floats y[R], z[R];  // summed up
+    for (int r = 0; r < R; ++r) y[r] = z[r] = zero();
+    const auto use = [&](int pair, const Ints &weights) __attribute__((always_inline)) {
+        const Pairs pairs = pairs_of(weights);
+        for (int r = 0; r < R; ++r) add_products(y[r], z[r], pairs, values + (size_t)r * w.k + 2 * pair);
     };
     if (w.is_wide) {
         for (int pair = 0; pair < w.k / 2; ++pair) use(pair, load_bytes(w.data + 64 * (size_t)pair));
     } else {
         each_pair(w.data, w.k, use);
     }
-    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
+    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, add(y[r], z[r]));
 }
 
 // Up to TILE_ROWS rows times one group of outputs.

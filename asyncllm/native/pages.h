@@ -59,17 +59,17 @@ struct Bfloat16Pages {
     template <int R, int P>
     static void score(const Tile &tile, const uint8_t *const *keys, int head_dim, float *scores) {
         using namespace simd;
-        Floats sums[P][R];
-        for (auto &page : sums) for (Floats &s : page) s = zero();
+        Floats sums[P][R], others[P][R];
+        for (int p = 0; p < P; ++p) for (int r = 0; r < R; ++r) sums[p][r] = others[p][r] = zero();
         for (int i = 0; i < head_dim; i += 2) {
             for (int p = 0; p < P; ++p) {
-                const Ints pairs = load_bytes(keys[p] + 2 * (size_t)i * PAGE);
+                const Pairs pairs = pairs_of(load_bytes(keys[p] + 2 * (size_t)i * PAGE));
                 for (int r = 0; r < R; ++r) {
-                    sums[p][r] = dot_bfloat16(sums[p][r], pairs, pair_at(tile.queries.values + tile.places[r] + i));
+                    add_products(sums[p][r], others[p][r], pairs, tile.queries.values + tile.places[r] + i);
                 }
             }
         }
-        for (int p = 0; p < P; ++p) for (int r = 0; r < R; ++r) store(scores + r * CHUNK + p * PAGE, sums[p][r]);
+        for (int p = 0; p < P; ++p) for (int r = 0; r < R; ++r) store(scores + r * CHUNK + p * PAGE, add(sums[p][r], others[p][r]));
     }
 
     // outputs = outputs * shrink + the values of `num_keys` keys by their weights, [R][CHUNK], which may be overwritten.
@@ -77,10 +77,10 @@ struct Bfloat16Pages {
     static void add_values(const Tile &tile, const uint8_t *const *values, int num_keys, int head_dim, float *weights,
                            const float *shrink) {
         using namespace simd;
-        alignas(64) uint16_t rounded[R * CHUNK];
+        alignas(64) Value rounded[R * CHUNK];
         for (int r = 0; r < R; ++r) {
             for (int key = 0; key < num_keys; key += LANES) {
-                store_bfloat16(rounded + r * CHUNK + key, load(weights + r * CHUNK + key));
+                store_values(rounded + r * CHUNK + key, load(weights + r * CHUNK + key));
             }
         }
         constexpr int WIDTH = R <= 2 ? 4 : 2;  // independent sums: enough to hide what a product waits for
@@ -92,9 +92,9 @@ struct Bfloat16Pages {
                 const uint8_t *from = values[key / PAGE] + 4 * ((size_t)(key % PAGE / 2) * head_dim + d);
                 for (int c = 0; c < WIDTH; ++c) {
                     if (c >= width) break;
-                    const Ints pairs = pairs_at(from + 4 * LANES * c);
+                    const Pairs pairs = pairs_of(pairs_at(from + 4 * LANES * c));
                     for (int r = 0; r < R; ++r) {
-                        sums[c][r] = dot_bfloat16(sums[c][r], pairs, pair_at(rounded + r * CHUNK + key));
+                        sums[c][r] = dot_pairs(sums[c][r], pairs, rounded + r * CHUNK + key);
                     }
                 }
             };

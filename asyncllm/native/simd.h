@@ -103,23 +103,16 @@ inline Ints fourth(Ints x, Ints y, Ints z) {
 }
 
 #if defined(__AVX512BF16__)
-inline Floats dot_bfloat16(Floats sums, Ints a, uint32_t x) {
-    return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)_mm512_set1_epi32((int)x));
-}
 inline void store_bfloat16(uint16_t *to, Floats a) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(a)); }
 #else
-// Per lane: sums + the two products of a's bfloat16 pair with the pair x.
-inline Floats dot_bfloat16(Floats sums, Ints a, uint32_t x) {
-    const Ints high = _mm512_set1_epi32((int)0xffff0000), b = _mm512_set1_epi32((int)x);
-    sums = fma(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sums);
-    return fma(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), sums);
-}
 inline void store_bfloat16(uint16_t *to, Floats a) {
     const Ints bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const Ints nearest = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest, 16)));
 }
 #endif
+inline Floats first_of_pairs(Ints a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+inline Floats second_of_pairs(Ints a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000))); }
 
 inline Floats load_bfloat16(const uint16_t *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
@@ -267,14 +260,12 @@ inline Ints dot_unsigned(Ints sums, int32_t x, Ints a) {
     const __m256i b = _mm256_set1_epi32(x);
     return {dot_bytes(sums.low, b, a.low), dot_bytes(sums.high, b, a.high)};
 }
-inline __m256 dot_bfloat16_of_eight(__m256 sums, __m256i a, uint32_t x) {
-    const __m256i high = _mm256_set1_epi32((int)0xffff0000), b = _mm256_set1_epi32((int)x);
-    const auto floats = [](__m256i bits) { return _mm256_castsi256_ps(bits); };
-    sums = _mm256_fmadd_ps(floats(_mm256_slli_epi32(a, 16)), floats(_mm256_slli_epi32(b, 16)), sums);
-    return _mm256_fmadd_ps(floats(_mm256_and_si256(a, high)), floats(_mm256_and_si256(b, high)), sums);
+inline Floats first_of_pairs(Ints a) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(a.low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.high, 16))};
 }
-inline Floats dot_bfloat16(Floats sums, Ints a, uint32_t x) {
-    return {dot_bfloat16_of_eight(sums.low, a.low, x), dot_bfloat16_of_eight(sums.high, a.high, x)};
+inline Floats second_of_pairs(Ints a) {
+    const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+    return {_mm256_castsi256_ps(_mm256_and_si256(a.low, high)), _mm256_castsi256_ps(_mm256_and_si256(a.high, high))};
 }
 inline __m256i nearest_bfloat16(__m256 a) {
     const __m256i bits = _mm256_castps_si256(a);
@@ -294,6 +285,35 @@ inline Floats load_bfloat16(const uint16_t *from) {
 
 #endif
 
+// What meets 16 pairs of bfloat16. Where there is an instruction for two products that is worth it, bfloat16; elsewhere
+// float32, and of a pair each by itself.
+#if defined(__AVX512BF16__)
+using Value = uint16_t;
+using Pairs = Ints;
+inline Pairs pairs_of(Ints a) { return a; }
+inline void store_values(Value *to, Floats a) { store_bfloat16(to, a); }
+// Per lane: sums + the two products of a pair with x[0] and x[1].
+inline Floats dot_pairs(Floats sums, const Pairs &a, const Value *x) {
+    uint32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)_mm512_set1_epi32((int)pair));
+}
+// The same where there are two sums side by side, as one waits for the one before it.
+inline void add_products(Floats &first, Floats &, const Pairs &a, const Value *x) { first = dot_pairs(first, a, x); }
+#else
+using Value = float;
+struct Pairs { Floats first, second; };
+inline Pairs pairs_of(Ints a) { return {first_of_pairs(a), second_of_pairs(a)}; }
+inline void store_values(Value *to, Floats a) { store(to, a); }
+inline Floats dot_pairs(Floats sums, const Pairs &a, const Value *x) {
+    return fma(a.second, all(x[1]), fma(a.first, all(x[0]), sums));
+}
+inline void add_products(Floats &first, Floats &second, const Pairs &a, const Value *x) {
+    first = fma(a.first, all(x[0]), first);
+    second = fma(a.second, all(x[1]), second);
+}
+#endif
+
 // Calls body.operator()<count>(); count is 1..MOST, and all else is taken for MOST.
 template <int MOST, class Body> inline void with_count(int count, Body &&body) {
     if constexpr (MOST > 1) {
@@ -307,12 +327,6 @@ inline float bfloat16_to_float(uint16_t value) {
     float result;
     std::memcpy(&result, &bits, sizeof result);
     return result;
-}
-
-inline uint32_t pair_at(const uint16_t *values) {
-    uint32_t pair;
-    std::memcpy(&pair, values, sizeof pair);
-    return pair;
 }
 
 inline int32_t quad_at(const int8_t *values) {

@@ -104,6 +104,12 @@ def test_bfloat16_is_read_from_the_processors_flags(tmp_path, cpuinfo, expected)
     assert host.cpu_has_bfloat16(root) is expected
 
 
+def test_flags_say_whose_processor_it_is(tmp_path):
+    root = write(tmp_path, {"proc/cpuinfo": "vendor_id\t: GenuineIntel\nmodel name\t: Xeon\nflags\t\t: fpu avx2\n"})
+    assert host.cpu_flags(root) == {"GenuineIntel", "fpu", "avx2"}
+    assert host.cpu_name(root) == "Xeon"
+
+
 def test_the_real_machine_can_be_read():
     assert host.available_memory_bytes() > 0
     assert host.cpu_quota() is None or host.cpu_quota() >= 1

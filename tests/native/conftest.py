@@ -3,7 +3,7 @@
 import pytest
 
 from asyncllm.executor.host import cpu_flags
-from asyncllm.native.library import BUILDS, Library, open_build
+from asyncllm.native.library import BUILDS, Library, find_library, open_build
 from tests.one_thread import one_thread
 
 __all__ = ["best_library", "library", "one_thread"]
@@ -21,8 +21,8 @@ def library(request: pytest.FixtureRequest) -> Library:
 @pytest.fixture(scope="session")
 def best_library() -> Library:
     """The build that a server here would run."""
-    flags = cpu_flags()
-    name = next((name for name, needed, _ in BUILDS if needed <= flags), None)
-    if name is None:
-        pytest.skip("no build for this processor")
-    return open_build(name)
+    found = find_library(cpu_flags())
+    if found == "no build for this processor":
+        pytest.skip(found)
+    assert isinstance(found, Library), found
+    return found

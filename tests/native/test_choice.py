@@ -169,6 +169,9 @@ def test_the_best_build_for_a_processor_is_taken(monkeypatch: pytest.MonkeyPatch
         assert find_library(frozenset(needed | {"of another test"})) == name
         for flag in needed & {"avx512_bf16", "avx512_vnni", "avx2"}:
             assert find_library(frozenset(needed - {flag} | {"of another test"})) != name
+    everything = frozenset.union(*(frozenset(needed) for _, needed, _ in BUILDS))
+    assert find_library(everything | {"AuthenticAMD", "of another test"}) == "avx512_bf16"
+    assert find_library(everything | {"GenuineIntel", "of another test"}) == "avx512"
 
 
 @pytest.mark.parametrize(

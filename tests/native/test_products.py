@@ -74,9 +74,11 @@ class Product:
         return places[:-1].tolist()
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows as the product takes them: bfloat16, or a scale for each 32 values and 8 bits, 15 if they are large."""
+        """Rows as the product takes them: bfloat16 where a build has an instruction for it, else as they are; or
+        a scale for each 32 values and 8 bits, 15 if they are large.
+        """
         if self.kind == Kind.BF16:
-            return x.bfloat16().double()
+            return (x.bfloat16() if "bfloat16" in self._library.description else x).double()
         blocks = x.unflatten(1, (-1, 32))
         most = blocks.abs().amax(-1, keepdim=True)
         is_fine = most > 1.5 * most.pow(2).mean(1, keepdim=True).sqrt()
