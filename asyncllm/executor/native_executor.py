@@ -38,12 +38,16 @@ class NativeExecutor(TorchExecutor):
         super().close()
         del self._native
 
-    def _forward(self, plan: StepPlan, rows: RowArrays) -> Tensor:  # hot
+    def _forward(self, plan: StepPlan, rows: RowArrays, places: SamplingPlaces) -> Tensor:  # hot
         token_ids = np.array(plan.token_ids, dtype=np.int64)
         step = self._step
         step.num_rows, step.num_decode_rows, step.num_tokens = len(rows.slots), plan.num_decode_rows, plan.num_tokens
         step.slots, step.computed = rows.slots.ctypes.data, rows.computed.ctypes.data
         step.query_lens, step.token_ids = rows.query_lens.ctypes.data, token_ids.ctypes.data
+        if places.tokens is None or plan.prompt_logprob_rows or plan.pooled_rows:
+            step.wanted = None
+        else:
+            step.wanted, step.num_wanted = places.tokens.ctypes.data, len(places.tokens)
         return self._native.run(step)
 
     def _choose(self, plan: StepPlan, places: SamplingPlaces, hidden: Tensor) -> tuple[Tensor, Scores | None]:  # hot

@@ -119,8 +119,8 @@ class TorchExecutor:
         """Compute the step. On a GPU the kernels may still run when this returns."""
         self.slots.apply(plan.new_slots, plan.block_writes)
         rows = RowArrays.of(plan, np.int64)
-        hidden = self._forward(plan, rows)
         places = SamplingPlaces.of(plan, rows)
+        hidden = self._forward(plan, rows, places)
         token_ids, scores = self._sample(plan, places, hidden)
         return TorchStep(
             num_rows=len(plan.slots),
@@ -144,8 +144,8 @@ class TorchExecutor:
         self.kv_caches.clear()
         del self.model
 
-    def _forward(self, plan: StepPlan, rows: RowArrays) -> Tensor:
-        """Hidden states of all query tokens, [N, hidden]."""
+    def _forward(self, plan: StepPlan, rows: RowArrays, places: SamplingPlaces) -> Tensor:
+        """Hidden states of query tokens, [N, hidden]: of all whose logits or states the plan asks for."""
         input_ids, metadata = build_inputs(plan, rows, self.slots, self.capacity.block_size, self._device)
         if self._adapters is not None:
             self._choose_adapters(self._adapters, plan)

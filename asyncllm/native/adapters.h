@@ -34,6 +34,8 @@ class Changes {
         runs_.push_back({token, 1, adapter});
     }
 
+    bool any() const { return !runs_.empty(); }
+
     // Pieces of work before a product with a matrix, for `narrow`. None where the step changes nothing of it.
     int num_pieces(const Matrix &matrix) const { return matrix.adapters ? (int)runs_.size() * blocks_a_run() : 0; }
 
@@ -57,7 +59,7 @@ class Changes {
 
     // Adds to a group of outputs of a product what the tokens' adapters change.
     void add(const Matrix &matrix, int token, int num_tokens, int g, float *out, int stride) const {
-        if (!matrix.adapters || runs_.empty()) return;
+        if (!matrix.adapters || !any()) return;
         for (int r = 0, end; r < num_tokens; r = end) {
             const int adapter = adapters_[token + r];
             for (end = r + 1; end < num_tokens && adapters_[token + end] == adapter;) ++end;

@@ -52,6 +52,7 @@ class Decoder {
         }
         place_tokens(step);
         plan_tiles(step);
+        if (!is_all_wanted(step)) plan_last_tiles(step);
         team_.run(PHASES_A_LAYER * model_.num_layers + 4, spent, [&](Walk &walk) {
             if (model_.cache_kind == INT8_PAGES) walk_through<Int8Pages>(step, walk);
             else walk_through<Bfloat16Pages>(step, walk);
@@ -88,7 +89,9 @@ class Decoder {
     };
 
     struct TilePlace {
-        int row, token, first, num_rows;  // of the step; the tile's first query: a token and a head of it, counted through
+        int row, token;       // of the step, and its first
+        int first, num_rows;  // the tile's first query: a token and a head of it, counted through
+        int to;               // where results of the row's first token would go
     };
 
     int num_qkv() const { return (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim; }
@@ -118,28 +121,53 @@ class Decoder {
         }
     }
 
-    // The queries of a row that one KV head serves, in tiles: tokens one after the other, the heads of each side by side.
     void plan_tiles(const Step &step) {
         tiles_.clear();
         for (int row = 0, token = 0; row < step.num_rows; token += (int)step.query_lens[row++]) {
-            const int num_queries = (int)step.query_lens[row] * shape_.group();
-            for (int first = 0; first < num_queries; first += Tile::MAX_ROWS) {
-                tiles_.push_back({row, token, first, std::min(Tile::MAX_ROWS, num_queries - first)});
-            }
+            add_tiles(tiles_, row, token, 0, (int)step.query_lens[row], token);
         }
         // Prompts' last tiles have the most keys: a long piece must not come last.
         std::reverse(tiles_.begin(), tiles_.end());
     }
 
+    // Tiles of those queries of the last layer whose tokens are wanted; their results lie side by side.
+    void plan_last_tiles(const Step &step) {
+        last_tiles_.clear();
+        int64_t next = 0;
+        for (int row = 0, token = 0; row < step.num_rows; token += (int)step.query_lens[row++]) {
+            const int64_t end = token + step.query_lens[row];
+            while (next < step.num_wanted && step.wanted[next] < end) {
+                const int64_t begun = next++;
+                while (next < step.num_wanted && step.wanted[next] < end && step.wanted[next] == step.wanted[next - 1] + 1) ++next;
+                const int first = (int)step.wanted[begun] - token;
+                add_tiles(last_tiles_, row, token, first, (int)(next - begun), (int)begun - first);
+            }
+        }
+    }
+
+    // The queries of a row's tokens that one KV head serves, in tiles: tokens one after the other, the heads of each side
+    // by side.
+    void add_tiles(std::vector<TilePlace> &tiles, int row, int token, int first, int num_tokens, int to) const {
+        const int end = (first + num_tokens) * shape_.group();
+        for (int query = first * shape_.group(); query < end; query += Tile::MAX_ROWS) {
+            tiles.push_back({row, token, query, std::min(Tile::MAX_ROWS, end - query), to});
+        }
+    }
+
+    // Whether the last layer's results are wanted of all tokens; an adapter's changes are counted by tokens.
+    bool is_all_wanted(const Step &step) const { return !step.wanted || changes_.any(); }
+
     template <class Pages> void walk_through(const Step &step, Walk &walk) {
-        const int n = step.num_tokens, hidden = model_.hidden_size;
+        const int hidden = model_.hidden_size;
+        int n = step.num_tokens;
+        const int64_t *tokens = nullptr;  // of rows; null: all of them, in order
         float *residual = residual_.of(0), *branch = branch_.of(0);
         const Rows rows = rows_.of(0, widest());
         each_item(walk, BEGIN, n, [&](int t) { begin_token(step, t, residual + (size_t)t * hidden); });
         const Norm *pending = nullptr;  // of the branch that is not yet added
         const auto add_and_norm = [&](bool has_branch, const Norm &next, auto &&use) {
             each_item(walk, NORMS, n, [&, has_branch](int t) {
-                float *stream = residual + (size_t)t * hidden, *added = branch + (size_t)t * hidden;
+                float *stream = residual + (tokens ? tokens[t] : t) * (size_t)hidden, *added = branch + (size_t)t * hidden;
                 if (has_branch) {
                     if (pending->weight) apply_norm(*pending, added, added, hidden, model_.norm_eps);
                     for (int i = 0; i < hidden; i += GROUP) {
@@ -162,9 +190,12 @@ class Decoder {
             product(walk, PRODUCTS, layer.qkv, rows, n, qkv_.of(0), num_qkv());
             const Cache<Pages> cache{(uint8_t *)step.caches[l], shape_};
             each_item(walk, ROTATION, n, [&](int t) { store_token(step, layer, cache, t); });
-            each_item(walk, ATTENTION, (int)tiles_.size() * shape_.num_kv_heads, [&](int i) {
-                attend_tile(step, layer, cache, rows, tiles_[i / shape_.num_kv_heads], i % shape_.num_kv_heads);
+            const bool is_for_few = l + 1 == model_.num_layers && !is_all_wanted(step);
+            const std::vector<TilePlace> &tiles = is_for_few ? last_tiles_ : tiles_;
+            each_item(walk, ATTENTION, (int)tiles.size() * shape_.num_kv_heads, [&](int i) {
+                attend_tile(step, layer, cache, rows, tiles[i / shape_.num_kv_heads], i % shape_.num_kv_heads);
             });
+            if (is_for_few) tokens = step.wanted, n = (int)step.num_wanted;
             product(walk, PRODUCTS, layer.out, rows, n, branch, hidden);
             pending = &layer.after_attention;
             const Matrix &up = layer.mlps[0].up;
@@ -174,7 +205,7 @@ class Decoder {
             pending = &layer.after_mlp;
         }
         add_and_norm(true, model_.last_norm, [&](int t, const Norm &norm, const float *stream, float *) {
-            apply_norm(norm, stream, step.hidden + (size_t)t * hidden, hidden, model_.norm_eps);
+            apply_norm(norm, stream, step.hidden + (tokens ? tokens[t] : t) * (size_t)hidden, hidden, model_.norm_eps);
         });
     }
 
@@ -248,10 +279,10 @@ class Decoder {
         attend(tile, place.num_rows, cache, blocks_of(step, place.row), kv_head, layer.soft_cap);
         const int width = model_.num_heads * d;
         for (int r = 0; r < place.num_rows; ++r) {
-            const int query = place.first + r, token = place.token + query / group, head = kv_head * group + query % group;
+            const int query = place.first + r, row = place.to + query / group, head = kv_head * group + query % group;
             for (int i = 0; i < d; i += BLOCK) {
                 const float *x = tile.outputs[r] + i;
-                prepare_for(layer.out, rows, width, token, head * d + i, simd::load(x), simd::load(x + GROUP));
+                prepare_for(layer.out, rows, width, row, head * d + i, simd::load(x), simd::load(x + GROUP));
             }
         }
     }
@@ -456,7 +487,7 @@ class Decoder {
     HeadShape shape_;
     Team team_;
     std::vector<Token> tokens_;
-    std::vector<TilePlace> tiles_;
+    std::vector<TilePlace> tiles_, last_tiles_;
     std::vector<Best> bests_;  // of rows
     std::mutex bests_lock_;
     Changes changes_;

@@ -82,10 +82,12 @@ class NativeDecoder:
         metadata: AttentionMetadata,
         kv_caches: list[Tensor],
         adapters: npt.NDArray[np.int64] | None = None,
+        wanted: npt.NDArray[np.int64] | None = None,
     ) -> Tensor:
         """[N] int64 -> [N, hidden] float32; stores keys and values in `kv_caches`, uint8 [num_blocks, block_bytes].
 
-        As any `CausalLM`; `adapters`: [L] by slot, from 1, 0 = none. The executor fills in a step itself.
+        As any `CausalLM`; `adapters`: [L] by slot, from 1, 0 = none; `wanted`: tokens whose hidden states are computed,
+        ascending, the others' are left as they were. The executor fills in a step itself.
         """
         query_lens = np.array(metadata.query_lens, dtype=np.int64)
         computed = np.array(metadata.seq_lens_host, dtype=np.int64) - query_lens
@@ -101,11 +103,16 @@ class NativeDecoder:
             block_table=metadata.block_table.data_ptr(),
             num_columns=metadata.block_table.shape[1],
             caches=caches.ctypes.data,
+            wanted=None if wanted is None else wanted.ctypes.data,
+            num_wanted=0 if wanted is None else len(wanted),
         )
         return self.run(step).clone()
 
     def run(self, step: c.Step) -> Tensor:  # hot
-        """Compute a step, all of it filled in but `hidden`: [N, hidden] float32, in memory that the next writes to."""
+        """Compute a step, all of it filled in but `hidden`: [N, hidden] float32, in memory that the next writes to.
+
+        Of tokens that were not wanted, nothing is there.
+        """
         hidden = _rows_of(self._hidden, step.num_tokens, self.architecture.hidden_size)
         step.hidden = hidden.data_ptr()
         if self._library.decoder_forward(self._decoder, ctypes.byref(step)):

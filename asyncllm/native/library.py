@@ -145,6 +145,8 @@ class Step(ctypes.Structure):
         ("block_table", ctypes.c_void_p),
         ("num_columns", ctypes.c_int64),
         ("caches", ctypes.c_void_p),
+        ("wanted", ctypes.c_void_p),
+        ("num_wanted", ctypes.c_int64),
         ("hidden", ctypes.c_void_p),
     ]
 

@@ -51,5 +51,7 @@ struct Step {
     const int64_t *block_table;                    // [L, columns], by slot
     int64_t num_columns;
     const uint64_t *caches;  // [layers]: addresses of pages, see pages.h
-    float *hidden;           // [N, hidden], written
+    const int64_t *wanted;   // [num_wanted], ascending: tokens of which rows of `hidden` are written. Null: of all
+    int64_t num_wanted;
+    float *hidden;           // [N, hidden]
 };

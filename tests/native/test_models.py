@@ -12,7 +12,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import PreTrainedModel
 
+from asyncllm.attention.base import AttentionMetadata
 from asyncllm.attention.torch_attention import TorchAttention
+from asyncllm.models.base import CausalLM
 from asyncllm.models.decoder import DecoderAttention
 from asyncllm.native.decoder import NativeDecoder
 from asyncllm.native.library import Library, why_not
@@ -312,6 +314,46 @@ def test_a_sequence_in_any_company_on_any_number_of_threads_has_the_logits_it_ha
         for text_name, logits in zip(texts, mixed):
             assert torch.equal(logits[0], alone[text_name][-1])
         assert torch.equal(mixed[-2], alone["0"][50:90]) and torch.equal(mixed[-1], alone["5"])
+
+
+class Wanting(PagedRunner):
+    """Whose steps compute the hidden states of some tokens only, the others' logits being NaN."""
+
+    def __init__(self, model: NativeDecoder) -> None:
+        super().__init__(model, 0, 64, 16, torch.bfloat16)
+        self.native, self.wanted = model, numpy.array([], dtype=numpy.int64)
+        self.model: CausalLM = self
+        self.architecture, self.compute_logits = model.architecture, model.compute_logits
+
+    def forward(
+        self, input_ids: torch.Tensor, metadata: AttentionMetadata, kv_caches: list[torch.Tensor]
+    ) -> torch.Tensor:
+        self.native._hidden.fill_(torch.nan)
+        return self.native.forward(input_ids, metadata, kv_caches, wanted=self.wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3-moe"])
+def test_tokens_that_are_not_wanted_change_nothing_for_those_that_are(
+    tiny: Callable[[str], Tiny], library: Library, name: str, int8_cache: bool
+) -> None:
+    model = tiny(name)
+    native = model.native(library, int8_cache=int8_cache)
+    texts = {"long": model.tokens, "short": tokens_of(3, 20), "new": tokens_of(4, 33)}
+    exact = {text_name: whole(native, text) for text_name, text in texts.items()}
+    runner = Wanting(native)
+    # A piece of a prompt nobody samples from; then its end, beside a row that decodes, and drafts of another.
+    first = runner.step([("long", texts["long"][:100]), ("short", texts["short"][:-5])])
+    assert all(logits.isnan().all() for logits in first)
+    runner.wanted = numpy.array([0, 1, 2, 3, 83])
+    parts = [("short", texts["short"][-5:-1]), ("long", texts["long"][100:]), ("new", texts["new"])]
+    second = torch.cat(runner.step(parts))
+    expected = torch.cat([exact["short"][-5:-1], exact["long"][100:], exact["new"]])
+    assert torch.equal(second[runner.wanted], expected[runner.wanted])
+    rest = numpy.setdiff1d(numpy.arange(len(second)), runner.wanted)
+    assert second[rest].isnan().all()
+    runner.wanted = numpy.array([0])
+    [last] = runner.step([("short", texts["short"][-1:])])
+    assert torch.equal(last, exact["short"][-1:]), "keys and values of all tokens are there"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "llama-three-heads-of-96"])
