@@ -58,7 +58,8 @@ LLAMA_31_8B = msgspec.structs.replace(
 )
 QWEN3_30B_EXPERTS = Experts(num_experts=128, num_experts_per_token=8, intermediate_size=768, norm_topk_prob=True)
 # Four of Qwen3-30B-A3B's layers, and a vocabulary in proportion.
-QWEN3_30B_PART = ModelArchitecture(
+QWEN3_30B_PART = msgspec.structs.replace(
+    QWEN3_06B,
     family="qwen3_moe",
     vocab_size=16384,
     hidden_size=2048,
@@ -66,12 +67,6 @@ QWEN3_30B_PART = ModelArchitecture(
     num_layers=4,
     num_heads=32,
     num_kv_heads=4,
-    head_dim=128,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    max_position=40960,
-    tie_word_embeddings=True,
-    qk_norm=True,
     layer_kinds=(LayerKind(has_experts=True),),
     experts=QWEN3_30B_EXPERTS,
 )
