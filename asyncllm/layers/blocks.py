@@ -45,6 +45,11 @@ class BlockRows(msgspec.Struct, frozen=True):
         return BlockRows("Q8_0", torch.from_numpy(quantize(self.values().float().numpy(), GGMLQuantizationType.Q8_0)))
 
     @staticmethod
+    def of_bfloat16(values: Tensor) -> "BlockRows":
+        """[N, K] rounded to bfloat16."""
+        return BlockRows("BF16", values.to(torch.bfloat16).contiguous().view(torch.uint8))
+
+    @staticmethod
     def joined(parts: "Sequence[BlockRows]") -> "BlockRows":
         """Matrices of one kind, one below the other."""
         return BlockRows(parts[0].kind, torch.cat([part.rows for part in parts]))

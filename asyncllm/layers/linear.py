@@ -87,4 +87,4 @@ def take_rows(weight: Tensor, sizes: Sequence[int], blocks: Sequence[BlockRows |
     for rows, part in zip(weight.split(list(sizes)), blocks):
         if part is not None:
             rows.copy_(part.values())
-    return BlockRows("BF16", weight.to(torch.bfloat16).contiguous().view(torch.uint8))
+    return BlockRows.of_bfloat16(weight)

@@ -138,7 +138,7 @@ class Decoder {
             const int64_t end = token + step.query_lens[row];
             while (next < step.num_wanted && step.wanted[next] < end) {
                 const int64_t begun = next++;
-                while (next < step.num_wanted && step.wanted[next] < end && step.wanted[next] == step.wanted[next - 1] + 1) ++next;
+                while (next < step.num_wanted && step.wanted[next] < std::min(end, step.wanted[next - 1] + 2)) ++next;
                 const int first = (int)step.wanted[begun] - token;
                 add_tiles(last_tiles_, row, token, first, (int)(next - begun), (int)begun - first);
             }

@@ -55,7 +55,8 @@ class NativeDecoder:
         assert isinstance(model, DecoderForCausalLM)
         self.architecture = model.architecture
         self._adapter_spans = adapter_spans
-        self._adapter_width = max((-(-(end - first) // 32) * 32 for first, end in adapter_spans), default=0)
+        most_rank = max((end - first for first, end in adapter_spans), default=0)
+        self._adapter_width = -(-most_rank // c.ROW_MULTIPLE) * c.ROW_MULTIPLE
         self.num_bytes = 0  # of packed weights
         self.kinds: set[int] = set()  # of matrices
         self._most_adapter_parts = 0  # of one matrix
@@ -184,7 +185,7 @@ class NativeDecoder:
     def _layer(self, layer: DecoderLayer, rotaries: list[Rotary]) -> c.Layer:
         attention, mlp = layer.self_attn, layer.mlp
         if isinstance(mlp, SparseMLP):
-            router = self._pack(_bfloat16_rows(mlp.gate.take_rows().values()))
+            router = self._pack(BlockRows.of_bfloat16(mlp.gate.take_rows().values()))
             mlps = [c.FeedForward(self._pack(up), self._pack(down)) for up, down in mlp.experts.take_rows()]
         else:
             assert isinstance(mlp, GatedMLP | PlainMLP)
@@ -229,7 +230,7 @@ class NativeDecoder:
         self._owned.append(array)
         return array
 
-    def _matrix(self, layer: Linear | Embedding | LoRALinear | nn.Module) -> c.Matrix:
+    def _matrix(self, layer: nn.Module) -> c.Matrix:
         """Pack a layer's weight and its adapters, and let go of them."""
         if isinstance(layer, LoRALinear):
             matrix = self._matrix(layer.base)
@@ -251,7 +252,7 @@ class NativeDecoder:
             parts.append(c.AdapterPart(first, end, self._pack(_filled_up(up, len(up), width))))
         down = torch.cat([_filled_up(down, width, down.shape[1]).values() for _, down, _ in changes])
         self._most_adapter_parts = max(self._most_adapter_parts, len(parts))
-        return c.Adapter(self._pack(_bfloat16_rows(down)), len(parts), self._array(c.AdapterPart, parts))
+        return c.Adapter(self._pack(BlockRows.of_bfloat16(down)), len(parts), self._array(c.AdapterPart, parts))
 
     def _pack(self, rows: BlockRows, bias: int | None = None) -> c.Matrix:
         stored, kind = c.STORED[rows.kind]
@@ -278,15 +279,11 @@ def _rows_of(kept: Tensor, num_rows: int, width: int) -> Tensor:
     return memory[:num_values].view(num_rows, width)
 
 
-def _bfloat16_rows(values: Tensor) -> BlockRows:
-    return BlockRows("BF16", values.to(torch.bfloat16).contiguous().view(torch.uint8))
-
-
 def _filled_up(values: Tensor, num_rows: int, num_columns: int) -> BlockRows:
     """With zeros, to [num_rows, num_columns]."""
     filled = torch.zeros(num_rows, num_columns)
     filled[: values.shape[0], : values.shape[1]] = values
-    return _bfloat16_rows(filled)
+    return BlockRows.of_bfloat16(filled)
 
 
 def _amplitude(rotary: Rotary) -> Tensor:

@@ -69,8 +69,8 @@ def tensors(shapes: ModelArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
                 ROUTER: (count, hidden),
                 "ffn_gate_exps": (count, one, hidden),
                 "ffn_up_exps": (count, one, hidden),
+                "ffn_down_exps": (count, hidden, one),
             }
-            block["ffn_down_exps"] = (count, hidden, one)
         if shapes.qk_norm:
             block |= {"attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,)}
         for name, shape in block.items():
