@@ -14,7 +14,12 @@ GENERAL = ["-std=c++20", "-O3", "-g0", "-pthread", "-ffp-contract=off", *WARNING
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 # One build for each generation of processors, chosen as the server starts: what is built here may run elsewhere.
-BUILDS = {"_avx2": AVX2, "_avx512": AVX512, "_avx512_bf16": [*AVX512, "-mavx512bf16"]}
+BUILDS = {
+    "_avx2": AVX2,
+    "_avx512": AVX512,
+    "_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+}
 
 
 def sources_digest() -> str:

@@ -26,7 +26,8 @@ from asyncllm.executor import host
 from asyncllm.executor.base import Executor, SlotInit, StepPlan
 from asyncllm.executor.build_native import find_native
 from asyncllm.models.config import ModelArchitecture
-from asyncllm.native.library import BFLOAT16, ROW_MULTIPLE, find_library
+from asyncllm.native.builds import find_library
+from asyncllm.native.library import BFLOAT16, ROW_MULTIPLE
 from asyncllm.types import SamplingParams
 from asyncllm.weights.base import Checkpoint
 from asyncllm.weights.checkpoint import open_checkpoint

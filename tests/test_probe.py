@@ -15,7 +15,7 @@ from asyncllm.config import CacheConfig, Config, ExecutorConfig, ModelConfig
 from asyncllm.executor.host import cpu_flags
 from asyncllm.executor.machine import Device, fit
 from asyncllm.executor.memory import GIB
-from asyncllm.native.library import find_library
+from asyncllm.native.builds import find_library
 from asyncllm.probe import Probe, probe, report
 from asyncllm.weights.checkpoint import open_checkpoint
 from tests.weights.hub_server import Hub, hub_server

@@ -9,7 +9,8 @@ from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.executor import host
 from asyncllm.models.config import BYTES_PER_VALUE, ModelArchitecture
-from asyncllm.native.library import PAGE, Library, find_library, why_not
+from asyncllm.native.builds import find_library
+from asyncllm.native.library import PAGE, Library, why_not
 from asyncllm.weights.base import BlockCheckpoint, Checkpoint
 
 if TYPE_CHECKING:

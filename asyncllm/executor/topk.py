@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.executor import host
-from asyncllm.native.library import find_library
+from asyncllm.native.builds import find_library
 
 _BLOCK = 64
 

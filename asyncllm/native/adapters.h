@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "buffers.h"
+#include "products.h"
 
 class Changes {
   public:
@@ -26,7 +27,7 @@ class Changes {
         if (!adapter) return;
         if (!runs_.empty()) {
             Run &last = runs_.back();
-            if (last.adapter == adapter && last.token + last.num_tokens == token && last.num_tokens < simd::TILE_ROWS) {
+            if (last.adapter == adapter && last.token + last.num_tokens == token && last.num_tokens < ROWS_AT_ONCE) {
                 ++last.num_tokens;
                 return;
             }
@@ -45,7 +46,7 @@ class Changes {
         const Matrix &down = matrix.adapters[run.adapter - 1].down;
         const int at = piece % blocks_a_run() * BLOCK;
         if (at >= down.n) return;
-        alignas(64) float results[simd::TILE_ROWS * BLOCK];
+        alignas(64) float results[ROWS_AT_ONCE * BLOCK];
         for (int half = 0; half < 2; ++half) {
             const Group weights = {down.kind, down.k, down.group(at / GROUP + half)};
             multiply(weights, rows, run.token, run.num_tokens, results + half * GROUP, BLOCK);
@@ -84,7 +85,7 @@ class Changes {
         for (int p = 0; p < adapter.num_parts; ++p) {
             const AdapterPart &part = adapter.parts[p];
             if (g < part.begin || g >= part.end) continue;
-            alignas(64) float results[simd::TILE_ROWS * GROUP];
+            alignas(64) float results[ROWS_AT_ONCE * GROUP];
             const Group weights = {part.up.kind, part.up.k, part.up.group(g - part.begin)};
             multiply(weights, plane(p), token, num_tokens, results, GROUP);
             for (int r = 0; r < num_tokens; ++r) {
@@ -97,5 +98,5 @@ class Changes {
     int width_, most_parts_, num_tokens_ = 0;
     std::vector<int> adapters_;  // of tokens
     std::vector<Run> runs_;
-    Buffer<simd::Value> narrow_;  // [parts, tokens, width]
+    Buffer<simd::Input> narrow_;  // [parts, tokens, width]
 };

@@ -28,15 +28,17 @@ template <class T> class Buffer {
 };
 
 struct RowBuffers {
-    Buffer<simd::Value> values;
+    Buffer<simd::Input> values;
+    Buffer<simd::Value> for_keys;
     Buffer<int8_t> quants, fine;
     Buffer<float> scales, sums;
     Buffer<int32_t> starts, fine_starts;
     Buffer<uint8_t> marks;
 
     Rows of(int num_rows, int k) {
-        const size_t size = (size_t)(num_rows + MARK_ROWS - 1) / MARK_ROWS * MARK_ROWS * k, num_blocks = size / BLOCK;
-        return {values.of(size),      quants.of(size),          fine.of(size),       scales.of(num_blocks), sums.of(num_blocks),
-                starts.of(num_blocks), fine_starts.of(num_blocks), marks.of(num_blocks)};
+        const size_t size = (size_t)(num_rows + SIDE_ROWS - 1) / SIDE_ROWS * SIDE_ROWS * k, num_blocks = size / BLOCK;
+        return {values.of(size),       for_keys.of(size),     quants.of(size),       fine.of(size),
+                scales.of(num_blocks), sums.of(num_blocks),   starts.of(num_blocks), fine_starts.of(num_blocks),
+                marks.of(num_blocks)};
     }
 };

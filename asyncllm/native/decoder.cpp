@@ -12,6 +12,7 @@
 #include "experts.h"
 #include "pack.h"
 #include "pointwise.h"
+#include "products.h"
 #include "team.h"
 
 namespace {
@@ -53,7 +54,7 @@ class Decoder {
         place_tokens(step);
         plan_tiles(step);
         if (!is_all_wanted(step)) plan_last_tiles(step);
-        team_.run(PHASES_A_LAYER * model_.num_layers + 4, spent, [&](Walk &walk) {
+        run(PHASES_A_LAYER * model_.num_layers + 4, [&](Walk &walk) {
             if (model_.cache_kind == INT8_PAGES) walk_through<Int8Pages>(step, walk);
             else walk_through<Bfloat16Pages>(step, walk);
         });
@@ -62,7 +63,7 @@ class Decoder {
     void logits(const float *hidden, int num_rows, float *to) {
         const Matrix &head = model_.head;
         rows_.of(num_rows, widest());
-        team_.run(2, spent, [&](Walk &walk) {
+        run(2, [&](Walk &walk) {
             const Rows rows = rows_.of(num_rows, widest());
             prepare_for_head(walk, rows, hidden, num_rows);
             product(walk, HEAD, head, rows, num_rows, to, head.n);
@@ -73,7 +74,7 @@ class Decoder {
     void likeliest(const float *hidden, int num_rows, int64_t *to) {
         rows_.of(num_rows, widest());
         bests_.assign(num_rows, Best());
-        team_.run(2, spent, [&](Walk &walk) {
+        run(2, [&](Walk &walk) {
             const Rows rows = rows_.of(num_rows, widest());
             prepare_for_head(walk, rows, hidden, num_rows);
             find_bests(walk, rows, num_rows);
@@ -93,6 +94,14 @@ class Decoder {
         int first, num_rows;  // the tile's first query: a token and a head of it, counted through
         int to;               // where results of the row's first token would go
     };
+
+    // body(walk) on all threads of the team
+    template <class Body> void run(int most_phases, Body &&body) {
+        team_.run(most_phases, spent, [&](Walk &walk) {
+            body(walk);
+            tiles::release();
+        });
+    }
 
     int num_qkv() const { return (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim; }
     int num_experts() const {
@@ -272,6 +281,7 @@ class Decoder {
         for (int r = 0; r < place.num_rows; ++r) {
             const int query = place.first + r, t = query / group, head = kv_head * group + query % group;
             tile.places[r] = ((size_t)(place.token + t) * model_.num_heads + head) * d;
+            tile.blocks[r] = block_place(place.token + t, model_.num_heads * d / BLOCK, head * d / BLOCK);
             tile.ends[r] = before + t + 1;
             tile.starts[r] = layer.window ? std::max(0, tile.ends[r] - layer.window) : 0;
             tile.outputs[r] = outputs + r * d;
@@ -347,13 +357,13 @@ class Decoder {
         for (int g = begin; g < end; ++g) {
             const Group weights = group_for(matrix, g, num_rows, scratch);
             const bool whole = (g + 1) * GROUP <= matrix.n;
-            for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
-                const int some = std::min(simd::TILE_ROWS, num_rows - r);
+            for (int r = 0; r < num_rows; r += ROWS_AT_ONCE) {
+                const int some = std::min(ROWS_AT_ONCE, num_rows - r);
                 float *at = to + (size_t)(row + r) * width + g * GROUP;
                 if (whole) {
                     multiply(weights, rows, row + r, some, at, width);
                 } else {
-                    float results[simd::TILE_ROWS * GROUP];
+                    float results[ROWS_AT_ONCE * GROUP];
                     multiply(weights, rows, row + r, some, results, GROUP);
                     const size_t num_bytes = sizeof(float) * (matrix.n - g * GROUP);
                     for (int i = 0; i < some; ++i) std::memcpy(at + (size_t)i * width, results + i * GROUP, num_bytes);
@@ -373,14 +383,14 @@ class Decoder {
     void find_bests(Walk &walk, const Rows &rows, int n) {
         const Matrix &head = model_.head;
         each_piece_of_rows(walk, HEAD, n, head.num_groups(), [&](int row, int num_rows, int begin, int end) {
-            alignas(64) float values[ROW_BLOCK * GROUP], groups[ROW_BLOCK * GROUP], results[simd::TILE_ROWS * GROUP];
+            alignas(64) float values[ROW_BLOCK * GROUP], groups[ROW_BLOCK * GROUP], results[ROWS_AT_ONCE * GROUP];
             std::fill_n(values, num_rows * GROUP, -INFINITY);
             std::fill_n(groups, num_rows * GROUP, 0.0f);
             uint8_t *scratch = scratch_of(walk);
             for (int g = begin; g < end; ++g) {
                 const Group weights = group_for(head, g, num_rows, scratch);
-                for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
-                    const int some = std::min(simd::TILE_ROWS, num_rows - r);
+                for (int r = 0; r < num_rows; r += ROWS_AT_ONCE) {
+                    const int some = std::min(ROWS_AT_ONCE, num_rows - r);
                     multiply(weights, rows, row + r, some, results, GROUP);
                     add_bias(head, some, g, results, GROUP);
                     for (int i = 0; i < some; ++i) {
@@ -448,7 +458,7 @@ class Decoder {
     void activate_blocks(Walk &walk, const FeedForward &mlp, const Rows &rows, const Rows &to, int row, int num_rows, int begin,
                          int end) {
         const int inner = mlp.down.k, up_groups = inner / GROUP;
-        alignas(64) float gate[simd::TILE_ROWS * BLOCK], up[simd::TILE_ROWS * BLOCK];
+        alignas(64) float gate[ROWS_AT_ONCE * BLOCK], up[ROWS_AT_ONCE * BLOCK];
         const size_t group_bytes = (size_t)mlp.up.k / BLOCK * BLOCK_BYTES[BFLOAT16];
         uint8_t *scratch = scratch_of(walk);
         for (int block = begin; block < end; ++block) {
@@ -458,8 +468,8 @@ class Decoder {
                 gates[half] = group_for(mlp.up, g, num_rows, scratch + half * group_bytes);
                 if (model_.is_gated) ups[half] = group_for(mlp.up, up_groups + g, num_rows, scratch + (2 + half) * group_bytes);
             }
-            for (int r = 0; r < num_rows; r += simd::TILE_ROWS) {
-                const int some = std::min(simd::TILE_ROWS, num_rows - r);
+            for (int r = 0; r < num_rows; r += ROWS_AT_ONCE) {
+                const int some = std::min(ROWS_AT_ONCE, num_rows - r);
                 for (int half = 0; half < 2; ++half) {
                     const int g = 2 * block + half;
                     multiply(gates[half], rows, row + r, some, gate + half * GROUP, BLOCK);
@@ -514,6 +524,9 @@ extern "C" {
 
 // A digest of the sources this was built from, by which Python knows whether the structures are those it mirrors.
 const char *asyncllm_sources() { return ASYNCLLM_SOURCES; }
+
+// Whether the system lets this process use what this was built for.
+int asyncllm_permitted() { return tiles::permitted(); }
 
 void *asyncllm_decoder_new(const Model *model, int num_threads) {
     void *decoder = nullptr;

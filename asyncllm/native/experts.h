@@ -22,7 +22,7 @@ class Mixture {
         const int num_places = num_tokens * per_token_;
         logits_.of((size_t)num_tokens * num_experts_);
         chosen_.resize(num_places), weights_.resize(num_places), rows_.resize(num_places);
-        return num_places + std::min(num_experts_, num_places) * (MARK_ROWS - 1);
+        return num_places + std::min(num_experts_, num_places) * (SIDE_ROWS - 1);
     }
 
     int per_token() const { return per_token_; }
@@ -49,7 +49,7 @@ class Mixture {
         for (int i = 0; i < per_token_; ++i) weights[i] /= normed_ ? of_chosen : total;
     }
 
-    // Gives each expert's tokens rows one after the other, the first of them a multiple of MARK_ROWS. Each layer's
+    // Gives each expert's tokens rows one after the other, the first of them a multiple of SIDE_ROWS. Each layer's
     // blocks last until the step's end: a thread that comes late through a layer's phases must count the same pieces.
     void plan(int layer, int num_tokens, int most_rows_a_block) {
         std::vector<RowBlock> &blocks = blocks_[layer];
@@ -63,7 +63,7 @@ class Mixture {
                 blocks.push_back({first + r, std::min(most_rows_a_block, count - r), e});
             }
             counts_[e] = first;
-            first += (count + MARK_ROWS - 1) / MARK_ROWS * MARK_ROWS;
+            first += (count + SIDE_ROWS - 1) / SIDE_ROWS * SIDE_ROWS;
         }
         for (int i = 0; i < num_tokens * per_token_; ++i) rows_[i] += counts_[chosen_[i]];
     }

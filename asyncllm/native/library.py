@@ -1,31 +1,10 @@
-"""The compiled kernels: finds the build for this processor, and mirrors the structures of model.h and matrix.h.
-
-Built when the package is installed (setup.py), for several generations of x86-64; where no compiler was, or for other
-processors, there is none, and plain torch does the work. A call releases the GIL. Any thread.
-"""
+"""The compiled kernels' functions, and the structures of model.h and matrix.h. A call releases the GIL. Any thread."""
 
 import ctypes
 import hashlib
-import importlib.machinery
-from functools import cache
 from pathlib import Path
 
 from asyncllm.models.config import ModelArchitecture
-
-# Best first: the module's name, the processor flags it needs as Linux names them, and what to call it.
-BUILDS = (
-    (
-        "avx512_bf16",
-        {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
-        "AVX-512 with bfloat16",
-    ),
-    ("avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}, "AVX-512"),
-    ("avx2", {"avx2", "fma", "f16c"}, "AVX2"),
-)
-
-# Whose processors can run a build that is not the best one for them: Intel's take two cycles for a vector's products of
-# pairs of bfloat16, and one for the two products of float32.
-SLOW_ON = {"avx512_bf16": "GenuineIntel"}
 
 BFLOAT16, FOUR_BIT, EIGHT_BIT = range(3)  # Matrix.kind
 STORED = {"BF16": (0, BFLOAT16), "Q4_0": (1, FOUR_BIT), "Q4_1": (2, FOUR_BIT), "Q8_0": (3, EIGHT_BIT)}
@@ -164,6 +143,7 @@ class Library:
         if sources is None or sources() != sources_digest().encode():
             raise OSError(f"{file.name} was built from other sources: install the package again")
         pointer, integer = ctypes.c_void_p, ctypes.c_int
+        self.permitted = functions.asyncllm_permitted  # 0 where the system refuses what the build was made for
         self.decoder_new = functions.asyncllm_decoder_new
         self.decoder_new.restype, self.decoder_new.argtypes = pointer, [ctypes.POINTER(Model), integer]
         self.decoder_delete = functions.asyncllm_decoder_delete
@@ -196,33 +176,6 @@ def sources_digest() -> str:
     """Of the C++ beside this file; setup.py works out the same."""
     files = sorted(file for file in Path(__file__).parent.iterdir() if file.suffix in (".cpp", ".h"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def build_file(name: str) -> Path | None:
-    """A build's file in the package; None where it was not built."""
-    directory = Path(__file__).parent
-    files = (directory / f"_{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((file for file in files if file.is_file()), None)
-
-
-def open_build(name: str) -> Library:
-    """One build, which this processor must be able to run. Raises OSError where it is not there or is another one's."""
-    file = build_file(name)
-    if file is None:
-        raise OSError("the native kernels were not built: install the package where a C++ compiler is")
-    return Library(file, next(description for build, _, description in BUILDS if build == name))
-
-
-@cache
-def find_library(flags: frozenset[str]) -> Library | str:
-    """The best build for a processor with these flags, or why there is none, in a few words."""
-    name = next((name for name, needed, _ in BUILDS if needed <= flags and SLOW_ON.get(name) not in flags), None)
-    if name is None:
-        return "no build for this processor"
-    try:
-        return open_build(name)
-    except OSError as error:
-        return str(error)
 
 
 def why_not(architecture: ModelArchitecture, block_size: int) -> str:

@@ -14,7 +14,7 @@
 // Before the blocks a group has a byte for each, its least exponent, or 0 for a block as it is; so groups differ in size.
 // Three of four vectors of 16 pairs lie in the high 12 bits of words, the fourth in the low 4 bits of the three.
 //
-// Rows meet BFLOAT16 as bfloat16 or float32 (simd.h); the others as int8 with a scale per block, so that products are of
+// Rows meet BFLOAT16 as bfloat16 or float32 (simd.h, tiles.h); the others as int8 with a scale per block, so that products are of
 // integers (llama.cpp's way). Most of the error that this brings is in the few blocks with a row's largest values: those of hidden
 // states have seven bits more, in a second int8. A row's result depends on that row alone, not on how many are beside it.
 #pragma once
@@ -24,7 +24,7 @@
 
 #include "simd.h"
 
-enum Kind : int32_t { BFLOAT16 = 0, FOUR_BIT = 1, EIGHT_BIT = 2 };
+enum Kind : int32_t { BFLOAT16 = 0, FOUR_BIT = 1, EIGHT_BIT = 2, KEYS = 3 };  // KEYS: of bfloat16, no weights
 
 constexpr int BLOCK = 32;  // inputs
 constexpr int GROUP = 16;  // outputs
@@ -65,22 +65,24 @@ inline size_t least_bytes(int k) { return ((size_t)k / BLOCK + 63) / 64 * 64; }
 
 // Rows of k inputs each, as products of a kind take them.
 struct Rows {
-    simd::Value *values;    // BFLOAT16: [rows, k]
+    simd::Input *values;    // BFLOAT16: [rows, k]
+    simd::Value *for_keys;  // KEYS: [rows, k]
     int8_t *quants;         // the others: [rows, k]
     int8_t *fine;           // [rows, k], in blocks that are marked
-    float *scales;          // [rows, k / 32]: x = quants * scale, or (128 * quants + fine) * scale
-    float *sums;            // [rows, k / 32]: of x
-    int32_t *starts;        // [rows, k / 32]: where sums of products of quants with signed weights begin
-    int32_t *fine_starts;   // [rows, k / 32]: of fine
-    uint8_t *marks;         // [rows / 8, k / 32, 8]: whether a row's block has `fine`
+    // Of a row's blocks, those of eight rows side by side, at `block_place`: [rows / 8, k / 32, 8].
+    float *scales;         // x = quants * scale, or (128 * quants + fine) * scale
+    float *sums;           // of x
+    int32_t *starts;       // where sums of products of quants with signed weights begin
+    int32_t *fine_starts;  // of fine
+    uint8_t *marks;        // whether there is `fine`
 };
 
-constexpr int MARK_ROWS = 8;
+constexpr int SIDE_ROWS = 8;  // rows whose blocks lie side by side
 constexpr int FINE_BITS = 7;
 constexpr float LARGE = 1.5f;  // times the root mean square of all blocks' largest values: one in twelve is above
 
-inline size_t mark_place(int row, int num_blocks, int block) {
-    return ((size_t)(row / MARK_ROWS) * num_blocks + block) * MARK_ROWS + row % MARK_ROWS;
+inline size_t block_place(int row, int num_blocks, int block) {
+    return ((size_t)(row / SIDE_ROWS) * num_blocks + block) * SIDE_ROWS + row % SIDE_ROWS;
 }
 
 // Writes values [at, at + 32) of a row of k.
@@ -89,8 +91,13 @@ inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, si
     using namespace simd;
     const size_t place = (size_t)row * k + at;
     if (kind == BFLOAT16) {
-        store_values(rows.values + place, first);
-        store_values(rows.values + place + LANES, second);
+        store_inputs(rows.values + place, first);
+        store_inputs(rows.values + place + LANES, second);
+        return;
+    }
+    if (kind == KEYS) {
+        store_values(rows.for_keys + place, first);
+        store_values(rows.for_keys + place + LANES, second);
         return;
     }
     const float most = largest(max(abs(first), abs(second)));
@@ -98,11 +105,11 @@ inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, si
     const Floats factor = all(most > 0 ? steps / most : 0.0f);
     Ints low = rounded(mul(first, factor)), high = rounded(mul(second, factor));
     const int32_t total = sum(low) + sum(high);
-    const size_t block = place / BLOCK;
+    const size_t block = block_place(row, k / BLOCK, at / BLOCK);
     rows.scales[block] = most / steps;
     rows.sums[block] = most / steps * (float)total;
     rows.starts[block] = signed_start(total);
-    rows.marks[mark_place(row, k / BLOCK, at / BLOCK)] = is_fine;
+    rows.marks[block] = is_fine;
     if (is_fine) {
         const Ints half = ints(1 << (FINE_BITS - 1));
         const Ints low_part = shifted_right(add(low, half), FINE_BITS), high_part = shifted_right(add(high, half), FINE_BITS);
@@ -137,35 +144,36 @@ inline void prepare_row(const Rows &rows, int kind, int k, int row, const float 
 
 // Copies a prepared row of k.
 inline void copy_row(const Rows &from, int row, const Rows &to, int to_row, int kind, int k) {
-    const size_t at = (size_t)row * k, to_at = (size_t)to_row * k, num_blocks = k / BLOCK;
+    const size_t at = (size_t)row * k, to_at = (size_t)to_row * k;
     if (kind == BFLOAT16) {
         std::memcpy(to.values + to_at, from.values + at, sizeof(*to.values) * k);
         return;
     }
     std::memcpy(to.quants + to_at, from.quants + at, k);
     std::memcpy(to.fine + to_at, from.fine + at, k);
-    std::memcpy(to.scales + to_at / BLOCK, from.scales + at / BLOCK, sizeof(float) * num_blocks);
-    std::memcpy(to.sums + to_at / BLOCK, from.sums + at / BLOCK, sizeof(float) * num_blocks);
-    std::memcpy(to.starts + to_at / BLOCK, from.starts + at / BLOCK, sizeof(int32_t) * num_blocks);
-    std::memcpy(to.fine_starts + to_at / BLOCK, from.fine_starts + at / BLOCK, sizeof(int32_t) * num_blocks);
-    for (size_t b = 0; b < num_blocks; ++b) {
-        to.marks[mark_place(to_row, (int)num_blocks, (int)b)] = from.marks[mark_place(row, (int)num_blocks, (int)b)];
+    for (int b = 0; b < k / BLOCK; ++b) {
+        const size_t place = block_place(row, k / BLOCK, b), to_place = block_place(to_row, k / BLOCK, b);
+        to.scales[to_place] = from.scales[place];
+        to.sums[to_place] = from.sums[place];
+        to.starts[to_place] = from.starts[place];
+        to.fine_starts[to_place] = from.fine_starts[place];
+        to.marks[to_place] = from.marks[place];
     }
 }
 
-// Which of R rows, not beyond a multiple of 8, have `fine` in a block: a byte each.
-template <int R> inline uint64_t marked(const Rows &x, int row, int num_blocks, int block) {
+// Which of R rows, not beyond a multiple of 8, have `fine` in a block, whose place is the first one's: a byte each.
+template <int R> inline uint64_t marked(const Rows &x, size_t place) {
     uint64_t marks;
-    std::memcpy(&marks, x.marks + mark_place(row, num_blocks, block) - row % MARK_ROWS, sizeof marks);
-    marks >>= 8 * (row % MARK_ROWS);
-    return R == MARK_ROWS ? marks : marks & ((1ull << (8 * R % 64)) - 1);
+    std::memcpy(&marks, x.marks + place / SIDE_ROWS * SIDE_ROWS, sizeof marks);
+    marks >>= 8 * (place % SIDE_ROWS);
+    return R == SIDE_ROWS ? marks : marks & ((1ull << (8 * R % 64)) - 1);
 }
 
 // One group of a matrix, as a product takes it.
 struct Group {
     int32_t kind, k;
     const uint8_t *data;
-    bool is_wide = false;  // of BFLOAT16: nothing but pairs, none of them in 12 bits
+    const uint8_t *wide = nullptr;  // what `group_for` made of its blocks: pairs of BFLOAT16, or bytes for tiles
 };
 
 constexpr int AHEAD = 2048;  // bytes that weights are asked for before they are met
@@ -175,154 +183,30 @@ inline void read_ahead(const uint8_t *block, int num_bytes) {
     for (int i = 0; i < num_bytes; i += 64) _mm_prefetch((const char *)block + AHEAD + i, _MM_HINT_T0);
 }
 
-// R rows times one group of outputs: out[row * stride + output], output 0..15.
-template <int R>
-inline void multiply_four_bit(const Group &w, const Rows &x, int row, float *out, int stride) {
+// Calls use(pair of inputs, weights) for all of a block of bfloat16, 16 outputs by two inputs at a time; returns where it ends.
+template <class Use> [[gnu::always_inline]] inline const uint8_t *each_pair(const uint8_t *at, int least, Use &&use) {
     using namespace simd;
-    const int num_blocks = w.k / BLOCK;
-    const uint8_t *at = w.data;
-    const float *scales = x.scales + (size_t)row * num_blocks, *sums = x.sums + (size_t)row * num_blocks;
-    Floats y[R];
-    for (int r = 0; r < R; ++r) y[r] = zero();
-    for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[FOUR_BIT]) {
-        read_ahead(at, BLOCK_BYTES[FOUR_BIT]);
-        Ints products[R];
-        for (int r = 0; r < R; ++r) products[r] = ints(0);
-        const int8_t *quants = x.quants + (size_t)row * w.k + b * BLOCK;
-        for (int eight = 0; eight < 4; ++eight) {
-            const Ints both = load_bytes(at + 64 + 64 * eight), low = low_halves(both), high = high_halves(both);
-            for (int r = 0; r < R; ++r) {
-                const int8_t *inputs = quants + (size_t)r * w.k + 8 * eight;
-                products[r] = dot_nibbles(products[r], low, quad_at(inputs));
-                products[r] = dot_nibbles(products[r], high, quad_at(inputs + 4));
-            }
-        }
-        if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
-            for (int r = 0; r < R; ++r) {
-                if (!(marks >> (8 * r) & 1)) continue;
-                const int8_t *inputs = x.fine + (size_t)(row + r) * w.k + b * BLOCK;
-                products[r] = shifted_left(products[r], FINE_BITS);
-                for (int eight = 0; eight < 4; ++eight) {
-                    const Ints both = load_bytes(at + 64 + 64 * eight);
-                    products[r] = dot_nibbles(products[r], low_halves(both), quad_at(inputs + 8 * eight));
-                    products[r] = dot_nibbles(products[r], high_halves(both), quad_at(inputs + 8 * eight + 4));
-                }
-            }
-        }
-        const Floats scale = load_float16((const uint16_t *)at), offset = load_float16((const uint16_t *)at + GROUP);
-        for (int r = 0; r < R; ++r) {
-            const Floats both_scales = mul(scale, all(scales[r * num_blocks + b]));
-            y[r] = fma(both_scales, to_floats(products[r]), y[r]);
-            y[r] = fma(offset, all(sums[r * num_blocks + b]), y[r]);
-        }
+    if (!least) {
+        for (int i = 0; i < BLOCK / 2; ++i, at += 64) use(i, load_bytes(at));
+        return at;
     }
-    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
+    const Ints base = words(least << 7);
+    for (int i = 0; i < BLOCK / 2; i += 4, at += 192) {
+        const Ints x = load_bytes(at), y = load_bytes(at + 64), z = load_bytes(at + 128);
+        use(i, widened(x, base));
+        use(i + 1, widened(y, base));
+        use(i + 2, widened(z, base));
+        use(i + 3, widened(fourth(x, y, z), base));
+    }
+    return at;
 }
 
-template <int R>
-inline void multiply_eight_bit(const Group &w, const Rows &x, int row, float *out, int stride) {
-    using namespace simd;
-    const int num_blocks = w.k / BLOCK;
-    const uint8_t *at = w.data;
-    const float *scales = x.scales + (size_t)row * num_blocks;
-    const int32_t *starts = x.starts + (size_t)row * num_blocks;
-    Floats y[R];
-    for (int r = 0; r < R; ++r) y[r] = zero();
-    for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[EIGHT_BIT]) {
-        read_ahead(at, BLOCK_BYTES[EIGHT_BIT]);
-        Ints products[R];
-        for (int r = 0; r < R; ++r) products[r] = ints(starts[r * num_blocks + b]);
-        const int8_t *quants = x.quants + (size_t)row * w.k + b * BLOCK;
-        for (int four = 0; four < 8; ++four) {
-            const Bytes weights = load_signed(at + 64 + 64 * four);
-            for (int r = 0; r < R; ++r) {
-                products[r] = dot_signed(products[r], weights, quad_at(quants + (size_t)r * w.k + 4 * four));
-            }
-        }
-        if (const uint64_t marks = marked<R>(x, row, num_blocks, b)) {
-#pragma GCC unroll 8  // or the products do not stay in registers
-            for (int r = 0; r < R; ++r) {
-                if (!(marks >> (8 * r) & 1)) continue;
-                const size_t block = (size_t)(row + r) * num_blocks + b;
-                products[r] = add(shifted_left(products[r], FINE_BITS), ints(x.fine_starts[block]));
-                for (int four = 0; four < 8; ++four) {
-                    const Bytes weights = load_signed(at + 64 + 64 * four);
-                    products[r] = dot_signed(products[r], weights, quad_at(x.fine + block * BLOCK + 4 * four));
-                }
-            }
-        }
-        const Floats scale = load((const float *)at);
-        for (int r = 0; r < R; ++r) {
-            y[r] = fma(mul(scale, all(scales[r * num_blocks + b])), to_floats(products[r]), y[r]);
-        }
-    }
-    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
-}
-
-// Calls use(pair of inputs, weights) for all of a group, 16 outputs by two inputs at a time.
-template <class Use> [[gnu::always_inline]] inline void each_pair(const uint8_t *group, int k, Use &&use) {
-    using namespace simd;
+// The same for all of a group.
+template <class Use> [[gnu::always_inline]] inline void each_pair_of_group(const uint8_t *group, int k, Use &&use) {
     const uint8_t *at = group + least_bytes(k);
     for (int b = 0; b < k / BLOCK; ++b) {
-        if (const int least = group[b]) {
-            const Ints base = words(least << 7);
-            for (int i = 0; i < BLOCK / 2; i += 4, at += 192) {
-                const Ints x = load_bytes(at), y = load_bytes(at + 64), z = load_bytes(at + 128);
-                use(b * BLOCK / 2 + i, widened(x, base));
-                use(b * BLOCK / 2 + i + 1, widened(y, base));
-                use(b * BLOCK / 2 + i + 2, widened(z, base));
-                use(b * BLOCK / 2 + i + 3, widened(fourth(x, y, z), base));
-            }
-        } else {
-            for (int i = 0; i < BLOCK / 2; ++i, at += 64) use(b * BLOCK / 2 + i, load_bytes(at));
-        }
-    }
-}
-
-template <int R>
-inline void multiply_bfloat16(const Group &w, const Rows &x, int row, float *out, int stride) {
-    using namespace simd;
-    const Value *values = x.values + (size_t)row * w.k;
-    Floats y[R], z[R];  // summed up
-    for (int r = 0; r < R; ++r) y[r] = z[r] = zero();
-    const auto use = [&](int pair, const Ints &weights) __attribute__((always_inline)) {
-        const Pairs pairs = pairs_of(weights);
-        for (int r = 0; r < R; ++r) add_products(y[r], z[r], pairs, values + (size_t)r * w.k + 2 * pair);
-    };
-    if (w.is_wide) {
-        for (int pair = 0; pair < w.k / 2; ++pair) use(pair, load_bytes(w.data + 64 * (size_t)pair));
-    } else {
-        each_pair(w.data, w.k, use);
-    }
-    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, add(y[r], z[r]));
-}
-
-// Up to TILE_ROWS rows times one group of outputs.
-inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
-    simd::with_count<simd::TILE_ROWS>(num_rows, [&]<int R>() {
-        switch (w.kind) {
-        case FOUR_BIT: return multiply_four_bit<R>(w, x, row, out, stride);
-        case EIGHT_BIT: return multiply_eight_bit<R>(w, x, row, out, stride);
-        default: return multiply_bfloat16<R>(w, x, row, out, stride);
-        }
-    });
-}
-
-// A group that is to meet some rows. For one tile it is widened on the way; for more, once, into `scratch`.
-inline Group group_for(const Matrix &w, int g, int num_rows, uint8_t *scratch) {
-    if (w.kind != BFLOAT16 || num_rows <= simd::TILE_ROWS) return {w.kind, w.k, w.group(g)};
-    each_pair(w.group(g), w.k, [&](int pair, const simd::Ints &weights) {
-        std::memcpy(scratch + 64 * (size_t)pair, &weights, sizeof weights);
-    });
-    return {w.kind, w.k, scratch, true};
-}
-
-// Adds the bias of a group to what `multiply` left.
-inline void add_bias(const Matrix &w, int num_rows, int g, float *out, int stride) {
-    if (!w.bias) return;
-    const int first = g * GROUP, num_outputs = std::min(GROUP, w.n - first);
-    for (int r = 0; r < num_rows; ++r) {
-        for (int i = 0; i < num_outputs; ++i) out[(size_t)r * stride + i] += w.bias[first + i];
+        at = each_pair(at, group[b], [&](int pair, const simd::Ints &weights)
+                                         __attribute__((always_inline)) { use(b * BLOCK / 2 + pair, weights); });
     }
 }
 
@@ -331,7 +215,7 @@ inline void read_row(const Matrix &w, int row, float *to) {
     const int lane = row % GROUP;
     const uint8_t *at = w.group(row / GROUP);
     if (w.kind == BFLOAT16) {
-        each_pair(at, w.k, [&](int pair, const simd::Ints &weights) {
+        each_pair_of_group(at, w.k, [&](int pair, const simd::Ints &weights) {
             uint16_t values[2 * GROUP];
             std::memcpy(values, &weights, sizeof values);
             for (int i = 0; i < 2; ++i) to[2 * pair + i] = simd::bfloat16_to_float(values[2 * lane + i]);

@@ -23,14 +23,15 @@ constexpr int CHUNK = 128;  // keys between two updates of the running maximum
 struct Tile {
     static constexpr int MAX_ROWS = 8;
     Rows queries;              // of all tokens, scaled; by log2(e) too unless there is a soft cap
-    size_t places[MAX_ROWS];   // where the D inputs of each query begin in them
+    size_t places[MAX_ROWS];   // where the D inputs of each query begin in them,
+    size_t blocks[MAX_ROWS];   // and the place of the first block of them
     int ends[MAX_ROWS];        // keys before this place are seen,
     int starts[MAX_ROWS];      // and not before this one
     float *outputs[MAX_ROWS];  // [D]
 };
 
 struct Bfloat16Pages {
-    static constexpr Kind QUERIES = BFLOAT16;
+    static constexpr Kind QUERIES = KEYS;
 
     static size_t key_bytes(int head_dim) { return 2 * (size_t)PAGE * head_dim; }
     static size_t value_bytes(int head_dim) { return 2 * (size_t)PAGE * head_dim; }
@@ -65,7 +66,7 @@ struct Bfloat16Pages {
             for (int p = 0; p < P; ++p) {
                 const Pairs pairs = pairs_of(load_bytes(keys[p] + 2 * (size_t)i * PAGE));
                 for (int r = 0; r < R; ++r) {
-                    add_products(sums[p][r], others[p][r], pairs, tile.queries.values + tile.places[r] + i);
+                    add_products(sums[p][r], others[p][r], pairs, tile.queries.for_keys + tile.places[r] + i);
                 }
             }
         }
@@ -163,7 +164,7 @@ struct Int8Pages {
         for (int i = 0; i < head_dim; i += BLOCK) {
             Ints products[P][R];
             for (auto &page : products) {
-                for (int r = 0; r < R; ++r) page[r] = ints(tile.queries.starts[(tile.places[r] + i) / BLOCK]);
+                for (int r = 0; r < R; ++r) page[r] = ints(tile.queries.starts[tile.blocks[r] + i / BLOCK * SIDE_ROWS]);
             }
             for (int j = i; j < i + BLOCK; j += 4) {
                 for (int p = 0; p < P; ++p) {
@@ -177,7 +178,7 @@ struct Int8Pages {
             for (int p = 0; p < P; ++p) {
                 const Floats key_scales = load((const float *)keys[p] + i / BLOCK * PAGE);
                 for (int r = 0; r < R; ++r) {
-                    const Floats both = mul(key_scales, all(tile.queries.scales[(tile.places[r] + i) / BLOCK]));
+                    const Floats both = mul(key_scales, all(tile.queries.scales[tile.blocks[r] + i / BLOCK * SIDE_ROWS]));
                     sums[p][r] = fma(both, to_floats(products[p][r]), sums[p][r]);
                 }
             }

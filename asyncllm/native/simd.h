@@ -16,7 +16,7 @@ constexpr float LOG2E = 1.44269504f;
 
 #if defined(__AVX512F__)
 
-constexpr int TILE_ROWS = 8;  // rows multiplied at once: as many sums as registers hold
+constexpr int SUMS = 8;  // rows multiplied at once: as many as registers hold sums of
 
 using Floats = __m512;
 using Ints = __m512i;  // 16 int32 or 64 bytes
@@ -120,7 +120,7 @@ inline Floats load_bfloat16(const uint16_t *from) {
 
 #else  // AVX2, FMA and F16C
 
-constexpr int TILE_ROWS = 2;
+constexpr int SUMS = 2;
 
 struct Floats { __m256 low, high; };
 struct Ints { __m256i low, high; };
@@ -312,6 +312,15 @@ inline void add_products(Floats &first, Floats &second, const Pairs &a, const Va
     first = fma(a.first, all(x[0]), first);
     second = fma(a.second, all(x[1]), second);
 }
+#endif
+
+// What meets matrices of bfloat16: the same, but where tiles do that.
+#if defined(__AMX_TILE__)
+using Input = uint16_t;
+inline void store_inputs(Input *to, Floats a) { store_bfloat16(to, a); }
+#else
+using Input = Value;
+inline void store_inputs(Input *to, Floats a) { store_values(to, a); }
 #endif
 
 // Calls body.operator()<count>(); count is 1..MOST, and all else is taken for MOST.

@@ -8,8 +8,8 @@ from asyncllm.errors import StartupError
 from asyncllm.executor.build import build_executor, choose_dtype
 from asyncllm.executor.host import cpu_flags
 from asyncllm.models.decoder import DecoderForCausalLM
+from asyncllm.native.builds import find_library
 from asyncllm.native.decoder import NativeDecoder
-from asyncllm.native.library import find_library
 from asyncllm.types import SamplingParams
 from asyncllm.weights.base import TextFacts
 from asyncllm.weights.checkpoint import open_checkpoint

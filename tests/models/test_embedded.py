@@ -15,8 +15,8 @@ from asyncllm.config import Config
 from asyncllm.executor.build_native import load_native
 from asyncllm.executor.host import cpu_flags
 from asyncllm.models.base import CausalLM
+from asyncllm.native.builds import find_library
 from asyncllm.native.decoder import NativeDecoder
-from asyncllm.native.library import find_library
 from asyncllm.weights.base import Checkpoint
 from asyncllm.weights.checkpoint import open_checkpoint
 from asyncllm.weights.loader import load_model

@@ -1,10 +1,11 @@
 """Which models run on the native kernels, and what a server says where they do not."""
 
+import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -17,9 +18,11 @@ from asyncllm.executor import build_native, host
 from asyncllm.executor.build import build_executor
 from asyncllm.executor.torch_executor import TorchExecutor
 from asyncllm.models.decoder import DecoderForCausalLM
-from asyncllm.native import library as c
+from asyncllm.native import builds
+from asyncllm.native.builds import AVX512, BUILDS, find_library, open_build
 from asyncllm.native.decoder import NativeDecoder
-from asyncllm.native.library import BUILDS, Library, find_library
+from asyncllm.native.library import Library
+from asyncllm.native.trial import Trial, why_worse
 from asyncllm.weights.checkpoint import open_checkpoint
 from tests.weights.tiny import llama, save_gguf, save_llama
 
@@ -155,7 +158,7 @@ def test_without_a_library_there_is_torch(
     directory: Path, monkeypatch: pytest.MonkeyPatch, flags: frozenset[str], reason: str
 ) -> None:
     monkeypatch.setattr(host, "cpu_flags", lambda root=None: flags)
-    monkeypatch.setattr(c, "build_file", lambda name: None)
+    monkeypatch.setattr(builds, "build_file", lambda name: None)
     executor = built(config(directory))
     assert isinstance(executor.model, DecoderForCausalLM)
     assert executor.facts["kernels"] == f"torch: {reason}"
@@ -163,15 +166,75 @@ def test_without_a_library_there_is_torch(
         built(config(directory, backend="native"))
 
 
-def test_the_best_build_for_a_processor_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(c, "open_build", lambda name: name)
+def test_the_best_build_for_a_processor_is_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worse = ""
+    monkeypatch.setattr(builds, "open_build", lambda name: name)
+    monkeypatch.setattr(builds, "why_worse", lambda name, other: worse)
     for name, needed, _ in BUILDS:
         assert find_library(frozenset(needed | {"of another test"})) == name
-        for flag in needed & {"avx512_bf16", "avx512_vnni", "avx2"}:
+        for flag in needed & {"amx_int8", "avx512_bf16", "avx512_vnni", "avx2"}:
             assert find_library(frozenset(needed - {flag} | {"of another test"})) != name
     everything = frozenset.union(*(frozenset(needed) for _, needed, _ in BUILDS))
+    assert find_library(everything | {"another test"}) == "amx"
+    assert not caplog.messages
+    worse = "they differ"
     assert find_library(everything | {"AuthenticAMD", "of another test"}) == "avx512_bf16"
     assert find_library(everything | {"GenuineIntel", "of another test"}) == "avx512"
+    assert caplog.messages == ["the kernels for AVX-512 with bfloat16 and AMX are not used: they differ"] * 2
+
+
+def test_a_build_that_is_not_there_leaves_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"avx512": None, "avx2": Path("avx2.so")}
+    monkeypatch.setattr(builds, "build_file", found.get)
+    monkeypatch.setattr(builds, "Library", lambda file, description: file)
+    assert find_library(frozenset(AVX512 | {"avx2", "fma", "f16c", "of a fifth test"})) == found["avx2"]
+
+
+class Refused:
+    """A library which the system does not let this process use."""
+
+    def permitted(self) -> int:
+        return 0
+
+
+def test_tiles_are_tried_before_they_are_used(emulated_tiles: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = open_build("avx512")
+    ran: list[Library] = []
+    run = Trial.run
+
+    def count(trial: Trial) -> None:
+        run(trial)
+        ran.append(trial.library)
+        trial.least_ns = 10 if trial.library is faster else 20
+
+    monkeypatch.setattr(Trial, "run", count)
+    faster = emulated_tiles
+    assert why_worse(emulated_tiles, other) == ""
+    assert len(ran) == 30 and ran[:2] == [emulated_tiles, other]
+    faster = other
+    assert why_worse(emulated_tiles, other) == "products with Q4_1 weights take 2.0 times as long"
+    assert why_worse(cast(Library, Refused()), other) == "the system does not permit them"
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"), [("Q4_1", 1.0 + 1e-6), ("Q8_0", 1.0 + 1e-6), ("BF16", 1.02), ("Q4_1", math.nan)]
+)
+def test_tiles_with_other_results_are_not_used(
+    emulated_tiles: Library, monkeypatch: pytest.MonkeyPatch, kind: str, factor: float
+) -> None:
+    other = open_build("avx512")
+    run = Trial.run
+
+    def change(trial: Trial) -> None:
+        run(trial)
+        if trial.library is emulated_tiles:
+            trial.least_ns = 0
+            trial.products.flat[trial.products.argmax()] *= factor if trial.kind == kind else 1.0
+
+    monkeypatch.setattr(Trial, "run", change)
+    assert why_worse(emulated_tiles, other).startswith(f"products with {kind} weights differ from those of AVX-512 by ")
 
 
 @pytest.mark.parametrize(
@@ -190,13 +253,13 @@ def test_a_library_of_other_sources_is_refused_in_one_line(
     with pytest.raises(OSError) as caught:
         Library(file, "another one's")
     assert str(caught.value) == refusal
-    monkeypatch.setattr(c, "build_file", lambda name: file)
+    monkeypatch.setattr(builds, "build_file", lambda name: file)
     assert find_library(frozenset({"avx2", "fma", "f16c", "of a third test", digest})) == refusal
 
 
 def test_a_file_that_is_no_library_is_a_reason_for_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.so").write_bytes(b"not one")
-    monkeypatch.setattr(c, "build_file", lambda name: tmp_path / "broken.so")
+    monkeypatch.setattr(builds, "build_file", lambda name: tmp_path / "broken.so")
     found = find_library(frozenset({"avx2", "fma", "f16c", "of a fourth test"}))
     assert isinstance(found, str) and "broken.so" in found and "\n" not in found
 

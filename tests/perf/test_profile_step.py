@@ -8,8 +8,9 @@ from gguf import GGMLQuantizationType as Kind
 
 from asyncllm.executor.host import cpu_flags
 from asyncllm.layers.linear import Linear
+from asyncllm.native.builds import find_library
 from asyncllm.native.decoder import NativeDecoder
-from asyncllm.native.library import PARTS, find_library
+from asyncllm.native.library import PARTS
 from perf import floors, profile_step
 from perf.profile_step import KINDS, Clocks, quiet_mean, shared_out
 from tests.weights.tiny import llama, save_gguf

@@ -1,0 +1,173 @@
+// Products of rows with a group of weights: in vectors, or in tiles where the processor has them.
+#pragma once
+
+#include "matrix.h"
+#include "tile_products.h"
+
+// Leaves a group's pairs of bfloat16 in `to`, none of them in 12 bits.
+inline void widen_pairs(Group &group, uint8_t *to) {
+    group.wide = to;
+    each_pair_of_group(group.data, group.k, [&](int pair, const simd::Ints &weights) {
+        std::memcpy(to + 64 * (size_t)pair, &weights, sizeof weights);
+    });
+}
+
+// R rows times one group of outputs: out[row * stride + output], output 0..15.
+template <int R>
+inline void multiply_four_bit(const Group &w, const Rows &x, int row, float *out, int stride) {
+    using namespace simd;
+    const int num_blocks = w.k / BLOCK;
+    const uint8_t *at = w.data;
+    Floats y[R];
+    for (int r = 0; r < R; ++r) y[r] = zero();
+    for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[FOUR_BIT]) {
+        read_ahead(at, BLOCK_BYTES[FOUR_BIT]);
+        const size_t place = block_place(row, num_blocks, b);
+        Ints products[R];
+        for (int r = 0; r < R; ++r) products[r] = ints(0);
+        const int8_t *quants = x.quants + (size_t)row * w.k + b * BLOCK;
+        for (int eight = 0; eight < 4; ++eight) {
+            const Ints both = load_bytes(at + 64 + 64 * eight), low = low_halves(both), high = high_halves(both);
+            for (int r = 0; r < R; ++r) {
+                const int8_t *inputs = quants + (size_t)r * w.k + 8 * eight;
+                products[r] = dot_nibbles(products[r], low, quad_at(inputs));
+                products[r] = dot_nibbles(products[r], high, quad_at(inputs + 4));
+            }
+        }
+        if (const uint64_t marks = marked<R>(x, place)) {
+            for (int r = 0; r < R; ++r) {
+                if (!(marks >> (8 * r) & 1)) continue;
+                const int8_t *inputs = x.fine + (size_t)(row + r) * w.k + b * BLOCK;
+                products[r] = shifted_left(products[r], FINE_BITS);
+                for (int eight = 0; eight < 4; ++eight) {
+                    const Ints both = load_bytes(at + 64 + 64 * eight);
+                    products[r] = dot_nibbles(products[r], low_halves(both), quad_at(inputs + 8 * eight));
+                    products[r] = dot_nibbles(products[r], high_halves(both), quad_at(inputs + 8 * eight + 4));
+                }
+            }
+        }
+        const Floats scale = load_float16((const uint16_t *)at), offset = load_float16((const uint16_t *)at + GROUP);
+        for (int r = 0; r < R; ++r) {
+            const Floats both_scales = mul(scale, all(x.scales[place + r]));
+            y[r] = fma(both_scales, to_floats(products[r]), y[r]);
+            y[r] = fma(offset, all(x.sums[place + r]), y[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
+}
+
+template <int R>
+inline void multiply_eight_bit(const Group &w, const Rows &x, int row, float *out, int stride) {
+    using namespace simd;
+    const int num_blocks = w.k / BLOCK;
+    const uint8_t *at = w.data;
+    Floats y[R];
+    for (int r = 0; r < R; ++r) y[r] = zero();
+    for (int b = 0; b < num_blocks; ++b, at += BLOCK_BYTES[EIGHT_BIT]) {
+        read_ahead(at, BLOCK_BYTES[EIGHT_BIT]);
+        const size_t place = block_place(row, num_blocks, b);
+        Ints products[R];
+        for (int r = 0; r < R; ++r) products[r] = ints(x.starts[place + r]);
+        const int8_t *quants = x.quants + (size_t)row * w.k + b * BLOCK;
+        for (int four = 0; four < 8; ++four) {
+            const Bytes weights = load_signed(at + 64 + 64 * four);
+            for (int r = 0; r < R; ++r) {
+                products[r] = dot_signed(products[r], weights, quad_at(quants + (size_t)r * w.k + 4 * four));
+            }
+        }
+        if (const uint64_t marks = marked<R>(x, place)) {
+#pragma GCC unroll 8  // or the products do not stay in registers
+            for (int r = 0; r < R; ++r) {
+                if (!(marks >> (8 * r) & 1)) continue;
+                const int8_t *inputs = x.fine + (size_t)(row + r) * w.k + b * BLOCK;
+                products[r] = add(shifted_left(products[r], FINE_BITS), ints(x.fine_starts[place + r]));
+                for (int four = 0; four < 8; ++four) {
+                    const Bytes weights = load_signed(at + 64 + 64 * four);
+                    products[r] = dot_signed(products[r], weights, quad_at(inputs + 4 * four));
+                }
+            }
+        }
+        const Floats scale = load((const float *)at);
+        for (int r = 0; r < R; ++r) {
+            y[r] = fma(mul(scale, all(x.scales[place + r])), to_floats(products[r]), y[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
+}
+
+#if !defined(__AMX_TILE__)  // whose rows are of bfloat16
+template <int R>
+inline void multiply_bfloat16(const Group &w, const Rows &x, int row, float *out, int stride) {
+    using namespace simd;
+    const Value *values = x.values + (size_t)row * w.k;
+    Floats y[R], z[R];  // summed up
+    for (int r = 0; r < R; ++r) y[r] = z[r] = zero();
+    const auto use = [&](int pair, const Ints &weights) __attribute__((always_inline)) {
+        const Pairs pairs = pairs_of(weights);
+        for (int r = 0; r < R; ++r) add_products(y[r], z[r], pairs, values + (size_t)r * w.k + 2 * pair);
+    };
+    if (w.wide) {
+        for (int pair = 0; pair < w.k / 2; ++pair) use(pair, load_bytes(w.wide + 64 * (size_t)pair));
+    } else {
+        each_pair_of_group(w.data, w.k, use);
+    }
+    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, add(y[r], z[r]));
+}
+#endif
+
+#if defined(__AMX_TILE__)
+
+constexpr int ROWS_AT_ONCE = tiles::ROWS;
+constexpr int LEAST_ROWS = 5;  // of integers that tiles are worth: below it, a vector's products are as fast
+
+// Up to ROWS_AT_ONCE rows times one group of outputs. Of integers, vectors and tiles make the same.
+inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
+    if (w.kind == BFLOAT16) return tiles::multiply_bfloat16(w, x, row, num_rows, out, stride);
+    if (num_rows >= LEAST_ROWS) return tiles::multiply_integers(w, x, row, num_rows, out, stride);
+    simd::with_count<LEAST_ROWS - 1>(num_rows, [&]<int R>() {
+        if (w.kind == FOUR_BIT) multiply_four_bit<R>(w, x, row, out, stride);
+        else multiply_eight_bit<R>(w, x, row, out, stride);
+    });
+}
+
+// A group that is to meet some rows. For more than a few it is widened once, into `scratch`.
+inline Group group_for(const Matrix &w, int g, int num_rows, uint8_t *scratch) {
+    Group group = {w.kind, w.k, w.group(g)};
+    if (num_rows < LEAST_ROWS || w.kind == EIGHT_BIT) return group;
+    if (w.kind == BFLOAT16) widen_pairs(group, scratch);
+    else tiles::widen_nibbles(group, scratch);
+    return group;
+}
+
+#else
+
+constexpr int ROWS_AT_ONCE = simd::SUMS;
+
+// Up to ROWS_AT_ONCE rows times one group of outputs.
+inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
+    simd::with_count<ROWS_AT_ONCE>(num_rows, [&]<int R>() {
+        switch (w.kind) {
+        case FOUR_BIT: return multiply_four_bit<R>(w, x, row, out, stride);
+        case EIGHT_BIT: return multiply_eight_bit<R>(w, x, row, out, stride);
+        default: return multiply_bfloat16<R>(w, x, row, out, stride);
+        }
+    });
+}
+
+// A group that is to meet some rows. If all of them at once, it is widened on the way; if not, once, into `scratch`.
+inline Group group_for(const Matrix &w, int g, int num_rows, uint8_t *scratch) {
+    Group group = {w.kind, w.k, w.group(g)};
+    if (w.kind == BFLOAT16 && num_rows > ROWS_AT_ONCE) widen_pairs(group, scratch);
+    return group;
+}
+
+#endif
+
+// Adds the bias of a group to what `multiply` left.
+inline void add_bias(const Matrix &w, int num_rows, int g, float *out, int stride) {
+    if (!w.bias) return;
+    const int first = g * GROUP, num_outputs = std::min(GROUP, w.n - first);
+    for (int r = 0; r < num_rows; ++r) {
+        for (int i = 0; i < num_outputs; ++i) out[(size_t)r * stride + i] += w.bias[first + i];
+    }
+}
