@@ -19,7 +19,7 @@ def read_gb_per_s(num_threads: int) -> float:
     """Memory read from end to end, in pages as large as those that weights lie in."""
     import torch
 
-    from asyncllm.huge_pages import advise_huge_pages
+    from asyncllm.host_memory import advise_huge_pages
 
     read = torch.empty(READ_BYTES // 4)
     advise_huge_pages(read.data_ptr(), read.nbytes)

@@ -10,7 +10,7 @@ ROOT = Path(asyncllm.__file__).parent
 FLOORS = {
     "__init__": 6, "cli": 6, "probe": 6, "__main__": 6, "llm": 5, "client": 5, "server": 5, "router": 4, "engine": 3,
     "executor": 2, "models": 1, "layers": 1, "attention": 1, "weights": 1, "native": 1,
-    "config": 0, "errors": 0, "types": 0, "ring": 0, "counters": 0, "metrics": 0, "threads": 0, "huge_pages": 0,
+    "config": 0, "errors": 0, "types": 0, "ring": 0, "counters": 0, "metrics": 0, "threads": 0, "host_memory": 0,
 }  # fmt: skip
 TORCH_FREE_BELOW_TORCH = {"executor/base.py", "models/config.py"}
 

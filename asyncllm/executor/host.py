@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from asyncllm.host_memory import pending_bytes
+
 _SYSTEM = Path("/")
 # Processor flags, x86 and Arm, under which bfloat16 matrix products run in hardware.
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -22,7 +24,7 @@ def available_memory_bytes(root: Path = _SYSTEM) -> int:
         if limit is not None and used is not None:
             # Page cache counts as used, but is given back under pressure: a freshly read checkpoint is mostly that.
             available.append(limit - used + _inactive_file_bytes(group))
-    return max(0, min(available))
+    return max(0, min(available) - pending_bytes())
 
 
 def cpu_quota(root: Path = _SYSTEM) -> int | None:

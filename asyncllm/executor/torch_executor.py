@@ -4,6 +4,7 @@ Knows the model as two functions, forward and compute_logits; knows nothing of r
 launching computes. Built, used and closed on the engine thread.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -22,12 +23,13 @@ from asyncllm.executor.rows import RowArrays, SamplingPlaces
 from asyncllm.executor.sampler import Sampler
 from asyncllm.executor.sampling_rows import SamplingRows, gather_rows
 from asyncllm.executor.slots import SlotState
-from asyncllm.huge_pages import advise_huge_pages
+from asyncllm.host_memory import zeros
 from asyncllm.layers.lora import AdapterMask
 from asyncllm.models.base import CausalLM
 from asyncllm.models.config import ModelArchitecture
 from asyncllm.types import Capacity, TokenLogprobs
 
+CACHE_ALIGNMENT = 4096  # bytes, of each layer's cache in memory
 # Prompt positions are scored in groups whose logits take this many bytes at most.
 _SCORE_BYTES = 64 * 2**20
 
@@ -103,12 +105,10 @@ class TorchExecutor:
         shape: tuple[int, ...] = (2, num_blocks, num_kv_heads, capacity.block_size, architecture.head_dim)
         if block_bytes:
             shape, dtype = (num_blocks, block_bytes), torch.uint8
-        self.kv_caches = [torch.empty(shape, dtype=dtype, device=device) for _ in range(architecture.num_layers)]
-        for kv_cache in self.kv_caches:
-            if device.type == "cpu":
-                advise_huge_pages(kv_cache.data_ptr(), kv_cache.nbytes)
-            # `zeros` would leave a CPU's pages unmapped until first used; writing them now makes resident memory final.
-            kv_cache.zero_()
+        if device.type == "cpu":
+            self.kv_caches = _host_caches(architecture.num_layers, shape, dtype)
+        else:
+            self.kv_caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(architecture.num_layers)]
         self.slots = SlotState(capacity, device)
         self._sampler = Sampler(capacity.vocab_size, self.slots, device)
         self._rows: SamplingRows | None = None
@@ -217,3 +217,15 @@ class TorchExecutor:
 
     def _array(self, values: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+def _host_caches(num_layers: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of zeros, side by side."""
+    num_values = math.prod(shape)
+    layer_bytes = -(-num_values * dtype.itemsize // CACHE_ALIGNMENT) * CACHE_ALIGNMENT
+    memory = zeros(num_layers * layer_bytes)
+    caches = (
+        torch.frombuffer(memory, dtype=dtype, count=num_values, offset=layer * layer_bytes)
+        for layer in range(num_layers)
+    )
+    return [cache.view(shape) for cache in caches]

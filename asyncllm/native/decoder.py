@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncllm.attention.base import AttentionMetadata
-from asyncllm.huge_pages import advise_huge_pages
+from asyncllm.host_memory import advise_huge_pages
 from asyncllm.layers.blocks import BlockRows
 from asyncllm.layers.embedding import Embedding
 from asyncllm.layers.experts import SparseMLP
