@@ -52,4 +52,4 @@ class BlockRows(msgspec.Struct, frozen=True):
     @staticmethod
     def joined(parts: "Sequence[BlockRows]") -> "BlockRows":
         """Matrices of one kind, one below the other."""
-        return BlockRows(parts[0].kind, torch.cat([part.rows for part in parts]))
+        return parts[0] if len(parts) == 1 else BlockRows(parts[0].kind, torch.cat([part.rows for part in parts]))

@@ -21,7 +21,7 @@ class Embedding(nn.Module):
         """Instead of the weight, what the checkpoint has. `part`: 0."""
         self._blocks[part] = blocks
 
-    def take_rows(self) -> BlockRows:
+    def take_rows(self) -> list[BlockRows]:
         """Let go of the weight: as the checkpoint has it, or in bfloat16."""
         assert self.weight is not None
         rows = take_rows(self.weight.detach(), [len(self.weight)], self._blocks)

@@ -49,7 +49,7 @@ class ExpertWeights(nn.Module):
         """Instead of a part of the weights, which is not filled then, what the checkpoint has."""
         self._blocks[part] = blocks
 
-    def take_rows(self) -> Iterator[tuple[BlockRows, BlockRows]]:
+    def take_rows(self) -> Iterator[tuple[list[BlockRows], list[BlockRows]]]:
         """Let go of the weights, expert by expert: gate above up, and down, as `Linear.take_rows` gives them."""
         assert self.gate_up_proj is not None and self.down_proj is not None
         stacks, blocks = zip(self.gate_up_proj.detach(), self.down_proj.detach()), self._blocks

@@ -35,8 +35,8 @@ class Linear(nn.Module):
         """Instead of a part of the weight, which is not filled then, what the checkpoint has."""
         self.blocks[part] = blocks
 
-    def take_rows(self) -> BlockRows:
-        """Let go of the weight: as the checkpoint has it, or in bfloat16; of parts see the function of this name."""
+    def take_rows(self) -> list[BlockRows]:
+        """Let go of the weight: as the checkpoint has it, or in bfloat16; see the function of this name."""
         assert self.weight is not None
         sizes = [self.out_features] if self.parts is None else list(self.parts.values())
         rows = take_rows(self.weight.detach(), sizes, self.blocks)
@@ -75,16 +75,17 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def take_rows(weight: Tensor, sizes: Sequence[int], blocks: Sequence[BlockRows | None]) -> BlockRows:
-    """A weight [N, K] whose parts, of `sizes` rows, came in blocks where there are some: all in blocks of one kind.
+def take_rows(weight: Tensor, sizes: Sequence[int], blocks: Sequence[BlockRows | None]) -> list[BlockRows]:
+    """A weight [N, K] whose parts, of `sizes` rows, came in blocks where there are some.
 
-    Parts of several kinds become Q8_0; beside one that came in none, all become bfloat16.
+    All that is returned is of one kind, and to be thought of one below the other. Parts of several kinds become Q8_0;
+    beside one that came in none, all become bfloat16.
     """
     kept = [part for part in blocks if part is not None]
     if len(kept) == len(sizes):
         kinds = {part.kind for part in kept}
-        return BlockRows.joined(kept if len(kinds) == 1 else [part.in_eight_bits() for part in kept])
+        return kept if len(kinds) == 1 else [part.in_eight_bits() for part in kept]
     for rows, part in zip(weight.split(list(sizes)), blocks):
         if part is not None:
             rows.copy_(part.values())
-    return BlockRows.of_bfloat16(weight)
+    return [BlockRows.of_bfloat16(weight)]

@@ -177,7 +177,9 @@ class NativeDecoder:
             last_norm=self._norm(decoder.norm),
             embedding=embedding,
             head=head or embedding,
-            position_embedding=None if positions is None else self._floats(positions.take_rows().values()),
+            position_embedding=None
+            if positions is None
+            else self._floats(BlockRows.joined(positions.take_rows()).values()),
             frequencies=self._floats(torch.stack([rotary.inv_freq for rotary in rotaries])),
             amplitudes=self._floats(torch.stack([_amplitude(rotary) for rotary in rotaries])),
         )
@@ -185,7 +187,7 @@ class NativeDecoder:
     def _layer(self, layer: DecoderLayer, rotaries: list[Rotary]) -> c.Layer:
         attention, mlp = layer.self_attn, layer.mlp
         if isinstance(mlp, SparseMLP):
-            router = self._pack(BlockRows.of_bfloat16(mlp.gate.take_rows().values()))
+            router = self._pack([BlockRows.of_bfloat16(_values_of(mlp.gate))])
             mlps = [c.FeedForward(self._pack(up), self._pack(down)) for up, down in mlp.experts.take_rows()]
         else:
             assert isinstance(mlp, GatedMLP | PlainMLP)
@@ -249,18 +251,28 @@ class NativeDecoder:
         for row, _, up in changes:
             first, end = row // c.GROUP, (row + len(up)) // c.GROUP
             assert row % c.GROUP == len(up) % c.GROUP == 0  # of heads and of inner features, multiples of 32
-            parts.append(c.AdapterPart(first, end, self._pack(_filled_up(up, len(up), width))))
+            parts.append(c.AdapterPart(first, end, self._pack([_filled_up(up, len(up), width)])))
         down = torch.cat([_filled_up(down, width, down.shape[1]).values() for _, down, _ in changes])
         self._most_adapter_parts = max(self._most_adapter_parts, len(parts))
-        return c.Adapter(self._pack(BlockRows.of_bfloat16(down)), len(parts), self._array(c.AdapterPart, parts))
+        return c.Adapter(self._pack([BlockRows.of_bfloat16(down)]), len(parts), self._array(c.AdapterPart, parts))
 
-    def _pack(self, rows: BlockRows, bias: int | None = None) -> c.Matrix:
-        stored, kind = c.STORED[rows.kind]
-        n, k = rows.shape
+    def _pack(self, parts: Sequence[BlockRows], bias: int | None = None) -> c.Matrix:
+        """One matrix of parts of one kind, one below the other."""
+        if any(part.shape[0] % c.GROUP for part in parts[:-1]):
+            parts = [BlockRows.joined(parts)]
+        stored, kind = c.STORED[parts[0].kind]
+        n, k = sum(part.shape[0] for part in parts), parts[0].shape[1]
         data = self._arena.place(self._library.packed_bytes(kind, n, k))
         offsets = np.empty(-(-n // c.GROUP), dtype=np.int64)
         self._owned.append(offsets)
-        num_bytes = self._library.pack(stored, rows.rows.data_ptr(), n, k, data, offsets.ctypes.data)
+        num_bytes = group = 0
+        for part in parts:
+            num_rows, of_part = part.shape[0], offsets[group : group + -(-part.shape[0] // c.GROUP)]
+            rows, to = part.rows.data_ptr(), data + num_bytes
+            packed_bytes = self._library.pack(stored, rows, num_rows, k, to, of_part.ctypes.data)
+            of_part += num_bytes
+            group += len(of_part)
+            num_bytes += packed_bytes
         self._arena.take(num_bytes)
         self.num_bytes += num_bytes
         self.kinds.add(kind)
@@ -277,6 +289,10 @@ def _rows_of(kept: Tensor, num_rows: int, width: int) -> Tensor:
     num_values = num_rows * width
     memory = kept if num_values <= len(kept) else torch.empty(num_values, dtype=torch.float32)
     return memory[:num_values].view(num_rows, width)
+
+
+def _values_of(layer: Linear | Embedding) -> Tensor:
+    return BlockRows.joined(layer.take_rows()).values()
 
 
 def _filled_up(values: Tensor, num_rows: int, num_columns: int) -> BlockRows:

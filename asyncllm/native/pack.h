@@ -64,6 +64,7 @@ inline uint8_t *pack_bfloat16_group(const uint8_t *rows, int n, int k, int g, ui
 // Fills one group of a matrix [n, k] from rows in blocks as stored, one behind the other. Outputs behind the last are zero.
 inline void pack_group(int stored, const uint8_t *rows, int n, int k, int g, uint8_t *to) {
     constexpr int STORED_BYTES[] = {64, 18, 20, 34};  // of 32 inputs
+    constexpr uint32_t LOW = 0x0f0f0f0f;
     const size_t row_bytes = (size_t)(k / BLOCK) * STORED_BYTES[stored];
     const Kind kind = kind_of(stored);
     const int num_lanes = std::min(GROUP, n - g * GROUP);
@@ -81,10 +82,13 @@ inline void pack_group(int stored, const uint8_t *rows, int n, int k, int g, uin
                 if (stored == Q4_1) std::memcpy(&offset, from + 2, 2);
                 ((uint16_t *)to)[lane] = scale;
                 ((uint16_t *)to)[GROUP + lane] = offset;
-                const uint8_t *halves = from + (stored == Q4_1 ? 4 : 2);  // inputs i and i + 16 in byte i
-                for (int i = 0; i < BLOCK; ++i) {
-                    const int quant = i < 16 ? halves[i] & 15 : halves[i - 16] >> 4;
-                    to[64 + 64 * (i / 8) + 4 * lane + i % 4] |= (uint8_t)(i % 8 < 4 ? quant : quant << 4);
+                uint32_t halves[4];  // inputs i and i + 16 in byte i
+                std::memcpy(halves, from + (stored == Q4_1 ? 4 : 2), sizeof halves);
+                for (int half = 0; half < 2; ++half) {
+                    const uint32_t x = halves[2 * half], y = halves[2 * half + 1];
+                    const uint32_t low = (x & LOW) | (y & LOW) << 4, high = (x & ~LOW) >> 4 | (y & ~LOW);
+                    std::memcpy(to + 64 + 64 * half + 4 * lane, &low, 4);
+                    std::memcpy(to + 64 + 64 * (half + 2) + 4 * lane, &high, 4);
                 }
             }
         }

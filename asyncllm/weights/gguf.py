@@ -72,7 +72,6 @@ class GGUFCheckpoint:
 
     def tensors_in_blocks(self) -> "Iterator[tuple[str, torch.Tensor | BlockRows]]":
         """See `BlockCheckpoint`: quantized matrices of which converters changed nothing but the order of rows."""
-        import numpy
         import torch
 
         from asyncllm.layers.blocks import BlockRows
@@ -81,7 +80,7 @@ class GGUFCheckpoint:
         for name, info, data in self._stored():
             if self._stays_in_blocks(name, info):
                 num_bytes, kind = num_tensor_bytes(self._path, info), ggml_type(self._path, info).name
-                stored = numpy.array(data[info.offset : info.offset + num_bytes]).reshape(_num_rows(info), -1)
+                stored = data[info.offset : info.offset + num_bytes].reshape(_num_rows(info), -1)
                 rows = torch.from_numpy(as_blocks(kind, stored))
                 if EXPERT in name:
                     for expert, matrix in enumerate(rows.chunk(info.shape[0])):
@@ -116,10 +115,10 @@ class GGUFCheckpoint:
         return is_matrix and not transposed and ggml_type(self._path, info).name not in ("F32", "F16")
 
     def _stored(self) -> "Iterator[tuple[str, TensorInfo, numpy.ndarray]]":
-        """Each tensor by its Hugging Face name, and the bytes of the file."""
+        """Each tensor by its Hugging Face name, and the bytes of the file: a page that is changed becomes a copy."""
         import numpy
 
-        data = numpy.memmap(self._path, mode="r")
+        data = numpy.memmap(self._path, mode="c")
         with Progress(f"loading {self._path.name}", self.num_bytes) as progress:
             for info in self._tensors:
                 if info.name in ROPE_TENSORS:

@@ -27,6 +27,7 @@ from tests.kernels.cases import CASES
 # Bytes of shared memory that a program may have; Triton refuses a kernel that wants more, as it would on the device.
 MAX_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 NUM_WORKERS = 2
+SOURCE = Path(__file__).read_bytes()
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 Kernel = dict[str, Any]
@@ -78,9 +79,20 @@ def _compile(task: tuple[int, int]) -> list[Kernel]:
     _driver.loaded.clear()
     case.run(_driver.arch >= 90)  # programmatic dependent launches begin with Hopper
     return [
-        {"kernel": name, "case": case.name, "arch": _driver.arch, "warps": warps, "shared": shared, **_inspect(cubin)}
+        {"kernel": name, "case": case.name, "arch": _driver.arch, "warps": warps, "shared": shared, **_inspected(cubin)}
         for name, cubin, shared, warps in _driver.loaded
     ]
+
+
+def _inspected(cubin: bytes) -> Kernel:
+    """`_inspect`, once for each binary: taking one apart takes longer than compiling it."""
+    binary = hashlib.sha256(cubin + SOURCE).hexdigest()[:32]
+    known = Path(os.environ["TRITON_CACHE_DIR"], f"{binary}.json")
+    if not known.exists():
+        with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as file:
+            json.dump(_inspect(cubin), file)
+        os.replace(file.name, known)
+    return {**json.loads(known.read_text()), "binary": binary}
 
 
 def _inspect(cubin: bytes) -> Kernel:
@@ -100,7 +112,6 @@ def _inspect(cubin: bytes) -> Kernel:
         "wide_loads": sum("128" in access for access in accesses if not access.startswith("STG")),
         # One element of 16 bits per thread: what remains where the compiler could not prove an alignment.
         "narrow_accesses": sum(bool(re.search(r"\.[US](?:8|16)\b", access)) for access in accesses),
-        "binary": hashlib.sha256(cubin).hexdigest()[:16],
     }
 
 
@@ -111,11 +122,11 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def compile_all(archs: list[int], only: str) -> Iterator[Kernel]:
-    """Every distinct kernel of the cases whose name contains `only`, compiled anew."""
+    """Every distinct kernel of the cases whose name contains `only`; compiled anew, unless TRITON_CACHE_DIR is set."""
     tasks = [(arch, index) for arch in archs for index, case in enumerate(CASES) if only in case.name]
     seen: set[tuple[int, str]] = set()
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(NUM_WORKERS, mp_context=context) as pool:
             for kernels in pool.map(_compile, tasks):

@@ -27,6 +27,8 @@ Kernel = dict[str, Any]
 def compile_offline(arch: int, only: str) -> list[Kernel]:
     """In a process of its own: there kernels are compiled, in this one they are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # What one run has compiled, and one parameter of another, is not compiled again: CI meets a model's kernels twice.
+    environment["TRITON_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "offline-kernels")
     command = [sys.executable, "-m", "tests.kernels.offline", str(arch), "--only", only]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-4000:]
