@@ -5,7 +5,7 @@ Torch-free at import: torch comes in the first phase of start-up, on the engine 
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from asyncllm.config import Config
@@ -14,6 +14,7 @@ from asyncllm.executor import host
 from asyncllm.executor.base import Executor
 from asyncllm.executor.build_native import (
     describe_kernels,
+    fast_dtypes,
     find_native,
     has_int8_cache,
     load_native,
@@ -57,8 +58,7 @@ def build_executor(config: Config, checkpoint: Checkpoint, report: Callable[[str
     device, remark = _device(config.model.device)
     on_gpu = device.type == "cuda"
     native = find_native(config, architecture, on_gpu)
-    fast_bfloat16 = host.cpu_has_bfloat16() or not isinstance(native, str)
-    dtype, dtype_fact = choose_dtype(config.model.dtype, architecture.dtype, on_gpu, fast_bfloat16)
+    dtype, dtype_fact = choose_dtype(config.model.dtype, architecture.dtype, on_gpu, fast_dtypes(native))
     if isinstance(native, str):
         needed_bytes = weight_bytes(architecture, BYTES_PER_VALUE[dtype], on_gpu)
     else:
@@ -178,15 +178,15 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def choose_dtype(asked: str, of_checkpoint: str, on_gpu: bool, cpu_has_bfloat16: bool) -> tuple[str, str]:
-    """The precision to compute in, and how to tell people about it.
+def choose_dtype(asked: str, of_checkpoint: str, on_gpu: bool, fast: Collection[str]) -> tuple[str, str]:
+    """The precision to compute in, and how to tell people about it; `fast` as `fast_dtypes` returns it.
 
     `auto` is the checkpoint's, except where a CPU would have to emulate it. float16 then becomes float32 rather than
     bfloat16, which would drop three bits of every weight.
     """
     if asked != "auto":
         return asked, asked
-    if on_gpu or of_checkpoint == "float32" or (of_checkpoint == "bfloat16" and cpu_has_bfloat16):
+    if on_gpu or of_checkpoint == "float32" or of_checkpoint in fast:
         return of_checkpoint, of_checkpoint
     return "float32", f"float32 (the model's {of_checkpoint} is slower on this CPU)"
 

@@ -3,12 +3,13 @@
 Torch-free at import. Engine thread.
 """
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.executor import host
-from asyncllm.models.config import BYTES_PER_VALUE, ModelArchitecture
+from asyncllm.models.config import ModelArchitecture
 from asyncllm.native.builds import find_library
 from asyncllm.native.library import PAGE, Library, why_not
 from asyncllm.weights.base import BlockCheckpoint, Checkpoint
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from asyncllm.native.decoder import NativeDecoder
     from asyncllm.weights.lora_stacks import AdapterPlan
 
-DTYPE = "bfloat16"  # of what is not in blocks, and of keys and values unless they are in 8 bits
+DTYPES = ("bfloat16", "float16")  # of what is not in blocks; keys and values are bfloat16 or in 8 bits
+BYTES_PER_WEIGHT = 2  # of both
 
 
 def find_native(config: Config, architecture: ModelArchitecture, on_gpu: bool) -> Library | str:
@@ -27,12 +29,12 @@ def find_native(config: Config, architecture: ModelArchitecture, on_gpu: bool) -
     Raises StartupError where they were asked for by name and cannot run it.
     """
     asked = config.executor.attention_backend
-    dtype = architecture.dtype if config.model.dtype == "auto" else config.model.dtype
+    dtype = _dtype(config, architecture)
     if asked not in ("auto", "native"):
         reason = f"executor.attention_backend = {asked}"
     elif on_gpu:
         reason = "on a GPU"
-    elif dtype != DTYPE:
+    elif dtype not in DTYPES:
         reason = f"the model's dtype is {dtype}"
     else:
         reason = why_not(architecture, config.cache.block_size)
@@ -49,21 +51,34 @@ def describe_kernels(native: Library | str) -> str:
     return f"torch: {native}" if isinstance(native, str) else f"native, {native.description}"
 
 
+def fast_dtypes(native: Library | str) -> Collection[str]:
+    """Those that a CPU is no slower with than with float32; `native` as `find_native` returns it."""
+    if not isinstance(native, str):
+        return DTYPES
+    return ("bfloat16",) if host.cpu_has_bfloat16() else ()
+
+
 def native_weight_bytes(config: Config, checkpoint: Checkpoint) -> int:
     """Memory of the loaded weights, about: packing adds a tenth to blocks, and leaves bfloat16 12 bits, mostly."""
     in_blocks = _bytes_in_blocks(config, checkpoint)
-    return _plain_bytes(checkpoint) * 4 // 5 if in_blocks is None else in_blocks * 11 // 10
+    if in_blocks is not None:
+        return in_blocks * 11 // 10
+    return _plain_bytes(checkpoint) * (4 if _dtype(config, checkpoint.architecture) == "bfloat16" else 5) // 5
+
+
+def _dtype(config: Config, architecture: ModelArchitecture) -> str:
+    return architecture.dtype if config.model.dtype == "auto" else config.model.dtype
 
 
 def _plain_bytes(checkpoint: Checkpoint) -> int:
-    return checkpoint.architecture.num_parameters * BYTES_PER_VALUE[DTYPE]
+    return checkpoint.architecture.num_parameters * BYTES_PER_WEIGHT
 
 
 def _bytes_in_blocks(config: Config, checkpoint: Checkpoint) -> int | None:
     """Of weights that are quantized and stay so."""
     if config.model.quantization != "auto" or not isinstance(checkpoint, BlockCheckpoint):
         return None
-    num_bytes = checkpoint.num_bytes_in_blocks(BYTES_PER_VALUE[DTYPE])
+    num_bytes = checkpoint.num_bytes_in_blocks(BYTES_PER_WEIGHT)
     return num_bytes if num_bytes < _plain_bytes(checkpoint) else None
 
 
@@ -102,10 +117,10 @@ def load_native(
     from asyncllm.weights.loader import prepare, read_model
     from asyncllm.weights.lora_stacks import install_adapters
 
-    device = torch.device("cpu")
-    model = read_model(checkpoint, attention, torch.bfloat16, device, config.model.quantization == "auto")
+    device, dtype = torch.device("cpu"), getattr(torch, _dtype(config, checkpoint.architecture))
+    model = read_model(checkpoint, attention, dtype, device, config.model.quantization == "auto")
     prepare(model, fused=False, products=False)
-    install_adapters(adapters, model, torch.bfloat16, device, products=False)
+    install_adapters(adapters, model, dtype, device, products=False)
     spans = () if adapters is None else adapters.spans
     int8_cache = has_int8_cache(config, checkpoint)
     return NativeDecoder(model, library, config.cache.block_size, torch.get_num_threads(), int8_cache, spans)

@@ -11,7 +11,13 @@ from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.executor import host
 from asyncllm.executor.build import choose_dtype
-from asyncllm.executor.build_native import describe_kernels, find_native, native_kv_bytes_per_token, native_weight_bytes
+from asyncllm.executor.build_native import (
+    describe_kernels,
+    fast_dtypes,
+    find_native,
+    native_kv_bytes_per_token,
+    native_weight_bytes,
+)
 from asyncllm.executor.memory import activation_bytes, check_weights_fit, cpu_room, gpu_room, plan_cache, weight_bytes
 from asyncllm.models.config import BYTES_PER_VALUE
 from asyncllm.weights.base import Checkpoint
@@ -68,8 +74,7 @@ def fit(checkpoint: Checkpoint, config: Config, device: Device) -> Fit:
     except StartupError as error:
         native = problem = error.message
     is_native = not isinstance(native, str)
-    fast_bfloat16 = host.cpu_has_bfloat16() or is_native
-    dtype, _ = choose_dtype(config.model.dtype, architecture.dtype, device.is_gpu, fast_bfloat16)
+    dtype, _ = choose_dtype(config.model.dtype, architecture.dtype, device.is_gpu, fast_dtypes(native))
     width = BYTES_PER_VALUE[dtype]
     if is_native:
         needed_bytes = native_weight_bytes(config, checkpoint)

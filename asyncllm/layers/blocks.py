@@ -1,4 +1,4 @@
-"""Weights as a file stores them, in blocks of 32 values of a row: GGUF's Q4_0, Q4_1 and Q8_0, and plain bfloat16.
+"""Weights as a file stores them: GGUF's Q4_0, Q4_1 and Q8_0, blocks of 32 values of a row, or plain 16-bit numbers.
 
 Knows how large a block is and what its values are; knows no files, and no products. Engine thread.
 """
@@ -11,7 +11,9 @@ from torch import Tensor
 
 BLOCK_VALUES = 32
 # Of a block: a scale in float16 (and an offset), then 4 or 8 bits a value.
-BLOCK_BYTES = {"BF16": 2 * BLOCK_VALUES, "Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+BLOCK_BYTES = {"BF16": 2 * BLOCK_VALUES, "F16": 2 * BLOCK_VALUES, "Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+
+PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class BlockRows(msgspec.Struct, frozen=True):
@@ -27,9 +29,9 @@ class BlockRows(msgspec.Struct, frozen=True):
         return num_rows, num_bytes // BLOCK_BYTES[self.kind] * BLOCK_VALUES
 
     def values(self) -> Tensor:
-        """[N, K]: float32, or bfloat16 where it is that."""
-        if self.kind == "BF16":
-            return self.rows.view(torch.bfloat16)
+        """[N, K]: float32, or bfloat16 or float16 where it is that."""
+        if self.kind in PLAIN:
+            return self.rows.view(PLAIN[self.kind])
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -43,6 +45,13 @@ class BlockRows(msgspec.Struct, frozen=True):
         from gguf.quants import quantize
 
         return BlockRows("Q8_0", torch.from_numpy(quantize(self.values().float().numpy(), GGMLQuantizationType.Q8_0)))
+
+    @staticmethod
+    def of(values: Tensor) -> "BlockRows":
+        """[N, K] in float16 if it is that, and rounded to bfloat16 if not."""
+        if values.dtype is not torch.float16:
+            return BlockRows.of_bfloat16(values)
+        return BlockRows("F16", values.contiguous().view(torch.uint8))
 
     @staticmethod
     def of_bfloat16(values: Tensor) -> "BlockRows":

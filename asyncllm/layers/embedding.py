@@ -22,7 +22,7 @@ class Embedding(nn.Module):
         self._blocks[part] = blocks
 
     def take_rows(self) -> list[BlockRows]:
-        """Let go of the weight: as the checkpoint has it, or in bfloat16."""
+        """Let go of the weight: as the checkpoint has it, or in 16 bits."""
         assert self.weight is not None
         rows = take_rows(self.weight.detach(), [len(self.weight)], self._blocks)
         self.weight, self._blocks = None, []

@@ -36,7 +36,7 @@ class Linear(nn.Module):
         self.blocks[part] = blocks
 
     def take_rows(self) -> list[BlockRows]:
-        """Let go of the weight: as the checkpoint has it, or in bfloat16; see the function of this name."""
+        """Let go of the weight: as the checkpoint has it, or in 16 bits; see the function of this name."""
         assert self.weight is not None
         sizes = [self.out_features] if self.parts is None else list(self.parts.values())
         rows = take_rows(self.weight.detach(), sizes, self.blocks)
@@ -79,7 +79,7 @@ def take_rows(weight: Tensor, sizes: Sequence[int], blocks: Sequence[BlockRows |
     """A weight [N, K] whose parts, of `sizes` rows, came in blocks where there are some.
 
     All that is returned is of one kind, and to be thought of one below the other. Parts of several kinds become Q8_0;
-    beside one that came in none, all become bfloat16.
+    beside one that came in none, all become bfloat16, or float16 where the weight is that.
     """
     kept = [part for part in blocks if part is not None]
     if len(kept) == len(sizes):
@@ -88,4 +88,4 @@ def take_rows(weight: Tensor, sizes: Sequence[int], blocks: Sequence[BlockRows |
     for rows, part in zip(weight.split(list(sizes)), blocks):
         if part is not None:
             rows.copy_(part.values())
-    return [BlockRows.of_bfloat16(weight)]
+    return [BlockRows.of(weight)]

@@ -29,6 +29,7 @@ template <class T> class Buffer {
 
 struct RowBuffers {
     Buffer<simd::Input> values;
+    Buffer<float> floats;
     Buffer<simd::Value> for_keys;
     Buffer<int8_t> quants, fine;
     Buffer<float> scales, sums;
@@ -37,8 +38,8 @@ struct RowBuffers {
 
     Rows of(int num_rows, int k) {
         const size_t size = (size_t)(num_rows + SIDE_ROWS - 1) / SIDE_ROWS * SIDE_ROWS * k, num_blocks = size / BLOCK;
-        return {values.of(size),       for_keys.of(size),     quants.of(size),       fine.of(size),
-                scales.of(num_blocks), sums.of(num_blocks),   starts.of(num_blocks), fine_starts.of(num_blocks),
+        return {values.of(size),       floats.of(size),       for_keys.of(size),         quants.of(size),       fine.of(size),
+                scales.of(num_blocks), sums.of(num_blocks),   starts.of(num_blocks),     fine_starts.of(num_blocks),
                 marks.of(num_blocks)};
     }
 };

@@ -49,17 +49,18 @@ def open_build(name: str) -> Library:
 @cache
 def find_library(flags: frozenset[str]) -> Library | str:
     """The best build for a processor with these flags, or why there is none, in a few words."""
-    refusals = []
+    refusals: dict[str, str] = {}
     for name, needed, description in BUILDS:
         if not needed <= flags or SLOW_ON.get(name) in flags:
             continue
         try:
             library = open_build(name)
-            worse = why_worse(library, open_build(ON_TRIAL[name])) if name in ON_TRIAL else ""
+            why = why_worse(library, open_build(ON_TRIAL[name])) if name in ON_TRIAL else ""
         except OSError as error:
-            refusals.append(str(error))
-            continue
-        if not worse:
+            why = str(error)
+        if not why:
+            for refused, reason in refusals.items():
+                logger.warning("the kernels for %s are not used: %s", refused, reason)
             return library
-        logger.warning("the kernels for %s are not used: %s", description, worse)
-    return refusals[0] if refusals else "no build for this processor"
+        refusals[description] = why
+    return next(iter(refusals.values()), "no build for this processor")

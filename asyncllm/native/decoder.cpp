@@ -578,10 +578,11 @@ int64_t asyncllm_pack(int stored, const uint8_t *rows, int n, int k, uint8_t *to
         if (stored == PLAIN_BFLOAT16) {
             offsets[g] = to - begin;
             to = pack_bfloat16_group(rows, n, k, g, to);
-        } else {
-            pack_group(stored, rows, n, k, g, to);
-            to += group_bytes;
+            continue;
         }
+        if (stored == PLAIN_FLOAT16) pack_float16_group(rows, n, k, g, to);
+        else pack_group(stored, rows, n, k, g, to);
+        to += group_bytes;
     }
     return to - begin;
 }

@@ -187,7 +187,7 @@ class NativeDecoder:
     def _layer(self, layer: DecoderLayer, rotaries: list[Rotary]) -> c.Layer:
         attention, mlp = layer.self_attn, layer.mlp
         if isinstance(mlp, SparseMLP):
-            router = self._pack([BlockRows.of_bfloat16(_values_of(mlp.gate))])
+            router = self._pack([BlockRows.of(_values_of(mlp.gate))])
             mlps = [c.FeedForward(self._pack(up), self._pack(down)) for up, down in mlp.experts.take_rows()]
         else:
             assert isinstance(mlp, GatedMLP | PlainMLP)

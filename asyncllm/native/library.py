@@ -6,8 +6,14 @@ from pathlib import Path
 
 from asyncllm.models.config import ModelArchitecture
 
-BFLOAT16, FOUR_BIT, EIGHT_BIT = range(3)  # Matrix.kind
-STORED = {"BF16": (0, BFLOAT16), "Q4_0": (1, FOUR_BIT), "Q4_1": (2, FOUR_BIT), "Q8_0": (3, EIGHT_BIT)}
+BFLOAT16, FOUR_BIT, EIGHT_BIT, FLOAT16 = range(4)  # Matrix.kind
+STORED = {
+    "BF16": (0, BFLOAT16),
+    "Q4_0": (1, FOUR_BIT),
+    "Q4_1": (2, FOUR_BIT),
+    "Q8_0": (3, EIGHT_BIT),
+    "F16": (4, FLOAT16),
+}
 BFLOAT16_PAGES, INT8_PAGES = range(2)  # Model.cache_kind
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 PARTS = ("embedding", "norms", "products", "rotation", "attention", "mlp", "head")  # whose times are told apart
@@ -134,7 +140,7 @@ class Library:
     """The functions of one build."""
 
     def __init__(self, file: Path, description: str) -> None:
-        """Raises OSError where the file cannot be loaded or was built from other sources than these."""
+        """Raises OSError where the file cannot be loaded, is of other sources than these, or must not be used here."""
         self.description = description
         functions = ctypes.CDLL(str(file))
         sources = getattr(functions, "asyncllm_sources", None)
@@ -143,7 +149,8 @@ class Library:
         if sources is None or sources() != sources_digest().encode():
             raise OSError(f"{file.name} was built from other sources: install the package again")
         pointer, integer = ctypes.c_void_p, ctypes.c_int
-        self.permitted = functions.asyncllm_permitted  # 0 where the system refuses what the build was made for
+        if not functions.asyncllm_permitted():
+            raise OSError("the system does not let this process use it")
         self.decoder_new = functions.asyncllm_decoder_new
         self.decoder_new.restype, self.decoder_new.argtypes = pointer, [ctypes.POINTER(Model), integer]
         self.decoder_delete = functions.asyncllm_decoder_delete

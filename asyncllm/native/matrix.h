@@ -8,14 +8,15 @@
 //             the first four inputs of an eight in the low halves of the bytes, the others in the high ones;
 //             w = q * scale + offset, q in 0..15
 //   EIGHT_BIT [16] float32 scales, [8 fours of inputs][16 outputs][4] int8; w = q * scale                   576 bytes
+//   FLOAT16   [32 inputs][16 outputs] float16                                                              1024 bytes
 //
 // A step of few rows waits for memory, and of a bfloat16's exponent most bits say the same in a whole block: where all of
 // a block's exponents lie within 16 steps, as in 97 of 100 blocks of normal weights, four bits say which. Nothing is lost.
 // Before the blocks a group has a byte for each, its least exponent, or 0 for a block as it is; so groups differ in size.
 // Three of four vectors of 16 pairs lie in the high 12 bits of words, the fourth in the low 4 bits of the three.
 //
-// Rows meet BFLOAT16 as bfloat16 or float32 (simd.h, tiles.h); the others as int8 with a scale per block, so that products are of
-// integers (llama.cpp's way). Most of the error that this brings is in the few blocks with a row's largest values: those of hidden
+// Rows meet BFLOAT16 as bfloat16 or float32 (simd.h, tiles.h) and FLOAT16 as float32; the others as int8 with a scale per block,
+// so that products are of integers (llama.cpp's way). Most of the error that this brings is in the few blocks with a row's largest values: those of hidden
 // states have seven bits more, in a second int8. A row's result depends on that row alone, not on how many are beside it.
 #pragma once
 
@@ -24,11 +25,11 @@
 
 #include "simd.h"
 
-enum Kind : int32_t { BFLOAT16 = 0, FOUR_BIT = 1, EIGHT_BIT = 2, KEYS = 3 };  // KEYS: of bfloat16, no weights
+enum Kind : int32_t { BFLOAT16 = 0, FOUR_BIT = 1, EIGHT_BIT = 2, FLOAT16 = 3, KEYS = 4 };  // KEYS: of bfloat16, no weights
 
 constexpr int BLOCK = 32;  // inputs
 constexpr int GROUP = 16;  // outputs
-constexpr int BLOCK_BYTES[] = {1024, 320, 576};
+constexpr int BLOCK_BYTES[] = {1024, 320, 576, 1024};
 constexpr int NARROW_BYTES = 768;  // a block of bfloat16 in 12 bits
 
 struct Adapter;
@@ -66,6 +67,7 @@ inline size_t least_bytes(int k) { return ((size_t)k / BLOCK + 63) / 64 * 64; }
 // Rows of k inputs each, as products of a kind take them.
 struct Rows {
     simd::Input *values;    // BFLOAT16: [rows, k]
+    float *floats;          // FLOAT16: [rows, k]
     simd::Value *for_keys;  // KEYS: [rows, k]
     int8_t *quants;         // the others: [rows, k]
     int8_t *fine;           // [rows, k], in blocks that are marked
@@ -93,6 +95,11 @@ inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, si
     if (kind == BFLOAT16) {
         store_inputs(rows.values + place, first);
         store_inputs(rows.values + place + LANES, second);
+        return;
+    }
+    if (kind == FLOAT16) {
+        store(rows.floats + place, first);
+        store(rows.floats + place + LANES, second);
         return;
     }
     if (kind == KEYS) {
@@ -128,7 +135,7 @@ inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, si
 inline void prepare_row(const Rows &rows, int kind, int k, int row, const float *x) {
     using namespace simd;
     float limit = INFINITY;
-    if (kind != BFLOAT16) {
+    if (kind == FOUR_BIT || kind == EIGHT_BIT) {
         float squares = 0;
         for (int i = 0; i < k; i += BLOCK) {
             const float most = largest(max(abs(load(x + i)), abs(load(x + i + GROUP))));
@@ -147,6 +154,10 @@ inline void copy_row(const Rows &from, int row, const Rows &to, int to_row, int 
     const size_t at = (size_t)row * k, to_at = (size_t)to_row * k;
     if (kind == BFLOAT16) {
         std::memcpy(to.values + to_at, from.values + at, sizeof(*to.values) * k);
+        return;
+    }
+    if (kind == FLOAT16) {
+        std::memcpy(to.floats + to_at, from.floats + at, sizeof(*to.floats) * k);
         return;
     }
     std::memcpy(to.quants + to_at, from.quants + at, k);
@@ -223,7 +234,9 @@ inline void read_row(const Matrix &w, int row, float *to) {
         return;
     }
     for (int b = 0; b < w.k / BLOCK; ++b, at += BLOCK_BYTES[w.kind], to += BLOCK) {
-        if (w.kind == FOUR_BIT) {
+        if (w.kind == FLOAT16) {
+            for (int i = 0; i < BLOCK; ++i) to[i] = _cvtsh_ss(((const uint16_t *)at)[i * GROUP + lane]);
+        } else if (w.kind == FOUR_BIT) {
             float scales[GROUP], offsets[GROUP];
             simd::store(scales, simd::load_float16((const uint16_t *)at));
             simd::store(offsets, simd::load_float16((const uint16_t *)at + GROUP));

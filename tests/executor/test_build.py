@@ -126,21 +126,20 @@ def test_a_device_that_is_not_there_is_one_line(device):
 
 
 @pytest.mark.parametrize(
-    ("asked", "of_checkpoint", "on_gpu", "has_bfloat16", "expected"),
+    ("asked", "of_checkpoint", "on_gpu", "fast", "expected"),
     [
-        ("auto", "bfloat16", False, True, "bfloat16"),
-        ("auto", "bfloat16", False, False, "float32"),
-        ("auto", "float16", False, True, "float32"),
-        ("auto", "float32", False, True, "float32"),
-        ("auto", "float16", True, False, "float16"),
-        ("auto", "bfloat16", True, False, "bfloat16"),
-        ("bfloat16", "float32", False, False, "bfloat16"),
+        ("auto", "bfloat16", False, ["bfloat16"], "bfloat16"),
+        ("auto", "bfloat16", False, [], "float32"),
+        ("auto", "float16", False, ["bfloat16"], "float32"),
+        ("auto", "float16", False, ["bfloat16", "float16"], "float16"),
+        ("auto", "float32", False, ["bfloat16", "float16"], "float32"),
+        ("auto", "float16", True, [], "float16"),
+        ("auto", "bfloat16", True, [], "bfloat16"),
+        ("bfloat16", "float32", False, [], "bfloat16"),
     ],
 )
-def test_auto_precision_is_the_checkpoints_unless_the_cpu_is_slow_at_it(
-    asked, of_checkpoint, on_gpu, has_bfloat16, expected
-):
-    dtype, fact = choose_dtype(asked, of_checkpoint, on_gpu, has_bfloat16)
+def test_auto_precision_is_the_checkpoints_unless_the_cpu_is_slow_at_it(asked, of_checkpoint, on_gpu, fast, expected):
+    dtype, fact = choose_dtype(asked, of_checkpoint, on_gpu, fast)
     assert dtype == expected
     assert fact.startswith(expected)
     if asked == "auto" and dtype != of_checkpoint:

@@ -15,13 +15,13 @@ from asyncllm.models.decoder import DecoderAttention
 from tests.executor.tiny_model import TINY
 
 OUT, IN = 48, 96
-KINDS = [Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0]
+KINDS = [Kind.BF16, Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0]
 
 
 def quantized(kind: Kind, out_features: int = OUT, seed: int = 0) -> tuple[BlockRows, torch.Tensor]:
     """Random blocks and the values that gguf reads from them."""
     values = numpy.random.default_rng(seed).normal(0.02, 0.1, (out_features, IN)).astype(numpy.float32)
-    rows = gguf.quants.quantize(values, kind)
+    rows = gguf.quants.quantize(values, kind).view(numpy.uint8)
     return BlockRows(kind.name, torch.from_numpy(rows)), torch.from_numpy(gguf.quants.dequantize(rows, kind))
 
 
@@ -48,12 +48,18 @@ def test_parts_in_blocks_of_one_kind_are_handed_over_as_they_are(kind: Kind) -> 
     assert layer.weight is None, "the weight, which nothing filled, is let go of"
 
 
-def test_beside_a_part_without_blocks_all_become_bfloat16() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rounded", "kind"),
+    [(torch.float32, torch.bfloat16, "BF16"), (torch.float16, torch.float16, "F16")],
+)
+def test_beside_a_part_without_blocks_all_become_sixteen_bits(
+    dtype: torch.dtype, rounded: torch.dtype, kind: str
+) -> None:
     blocks, values = quantized(Kind.Q4_1)
-    weight = torch.cat((torch.full((OUT, IN), torch.nan), torch.randn(OUT, IN)))
-    expected = torch.cat((values, weight[OUT:]))
+    weight = torch.cat((torch.full((OUT, IN), torch.nan), torch.randn(OUT, IN))).to(dtype)
+    expected = torch.cat((values.to(dtype), weight[OUT:])).to(rounded)
     rows = BlockRows.joined(layer_of_two({0: blocks}, weight).take_rows())
-    assert rows.kind == "BF16" and torch.equal(rows.values(), expected.bfloat16())
+    assert rows.kind == kind and torch.equal(rows.values(), expected)
 
 
 @pytest.mark.parametrize("second", [Kind.Q4_0, Kind.Q8_0])

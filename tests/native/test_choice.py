@@ -1,11 +1,12 @@
 """Which models run on the native kernels, and what a server says where they do not."""
 
+import json
 import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,9 +20,10 @@ from asyncllm.executor.build import build_executor
 from asyncllm.executor.torch_executor import TorchExecutor
 from asyncllm.models.decoder import DecoderForCausalLM
 from asyncllm.native import builds
+from asyncllm.native import library as c
 from asyncllm.native.builds import AVX512, BUILDS, find_library, open_build
 from asyncllm.native.decoder import NativeDecoder
-from asyncllm.native.library import Library
+from asyncllm.native.library import Library, sources_digest
 from asyncllm.native.trial import Trial, why_worse
 from asyncllm.weights.checkpoint import open_checkpoint
 from tests.weights.tiny import llama, save_gguf, save_llama
@@ -57,6 +59,24 @@ def test_a_model_that_can_runs_on_them(directory: Path, best_library: Library) -
         executor = built(config(directory, backend=backend))
         assert isinstance(executor.model, NativeDecoder)
         assert executor.facts["kernels"] == f"native, {best_library.description}"
+
+
+@pytest.mark.parametrize("in_gguf", [False, True])
+def test_float16_weights_stay_what_they_are(tmp_path: Path, best_library: Library, in_gguf: bool) -> None:
+    model = llama(vocab_size=259, **SIZES)
+    if in_gguf:
+        save_gguf(tmp_path / "model.gguf", model, Kind.F16)
+    else:
+        save_llama(tmp_path, vocab_size=259, **SIZES)
+        facts = tmp_path / "config.json"
+        facts.write_text(json.dumps(json.loads(facts.read_text()) | {"dtype": "float16"}))
+    executor, checkpoint = built(config(tmp_path, dtype="auto")), open_checkpoint(str(tmp_path))
+    assert executor.facts["dtype"] == "float16"
+    assert executor.facts["kernels"] == f"native, {best_library.description}"
+    assert isinstance(executor.model, NativeDecoder) and executor.model.kinds == {c.FLOAT16}
+    assert not build_native.has_int8_cache(config(tmp_path, dtype="auto"), checkpoint)
+    said = build_native.native_weight_bytes(config(tmp_path, dtype="auto"), checkpoint)
+    assert 0.95 * said < executor.model.num_bytes < 1.1 * said
 
 
 @pytest.mark.parametrize(
@@ -185,18 +205,33 @@ def test_the_best_build_for_a_processor_is_taken(
     assert caplog.messages == ["the kernels for AVX-512 with bfloat16 and AMX are not used: they differ"] * 2
 
 
-def test_a_build_that_is_not_there_leaves_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_is_not_there_leaves_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     found = {"avx512": None, "avx2": Path("avx2.so")}
     monkeypatch.setattr(builds, "build_file", found.get)
     monkeypatch.setattr(builds, "Library", lambda file, description: file)
     assert find_library(frozenset(AVX512 | {"avx2", "fma", "f16c", "of a fifth test"})) == found["avx2"]
+    assert caplog.messages == [f"the kernels for AVX-512 are not used: {NOT_BUILT}"]
 
 
-class Refused:
-    """A library which the system does not let this process use."""
-
-    def permitted(self) -> int:
-        return 0
+def test_a_build_that_the_system_forbids_leaves_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, file = tmp_path / "forbidden.c", tmp_path / "forbidden.so"
+    source.write_text(
+        f'const char *asyncllm_sources(void) {{ return "{sources_digest()}"; }}\n'
+        "int asyncllm_permitted(void) { return 0; }\n"
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", file], check=True, timeout=60)
+    with pytest.raises(OSError, match="the system does not let this process use it"):
+        Library(file, "another one's")
+    build_file = builds.build_file
+    monkeypatch.setattr(builds, "build_file", lambda name: file if name == "amx" else build_file(name))
+    everything = frozenset.union(*(frozenset(needed) for _, needed, _ in BUILDS))
+    found = find_library(everything | {"of a sixth test"})
+    assert isinstance(found, Library) and found.description == "AVX-512 with bfloat16"
 
 
 def test_tiles_are_tried_before_they_are_used(emulated_tiles: Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +250,6 @@ def test_tiles_are_tried_before_they_are_used(emulated_tiles: Library, monkeypat
     assert len(ran) == 30 and ran[:2] == [emulated_tiles, other]
     faster = other
     assert why_worse(emulated_tiles, other) == "products with Q4_1 weights take 2.0 times as long"
-    assert why_worse(cast(Library, Refused()), other) == "the system does not permit them"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 from asyncllm.native import library as c
 from asyncllm.native.library import Library
 
-KINDS = [Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0]
+KINDS = [Kind.BF16, Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0]
 N, K = 259, 96  # 16 outputs are computed at once, and inputs come in blocks of 32
 MOST_ROWS = 140  # rows are taken in blocks of 64
 
@@ -74,9 +74,11 @@ class Product:
         return places[:-1].tolist()
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows as the product takes them: bfloat16 where a build has an instruction for it, else as they are; or
-        a scale for each 32 values and 8 bits, 15 if they are large.
+        """Rows as the product takes them: bfloat16 where a build has an instruction for it, else as they are, as
+        float16 weights always meet them; or a scale for each 32 values and 8 bits, 15 if they are large.
         """
+        if self.kind == Kind.F16:
+            return x.double()
         if self.kind == Kind.BF16:
             return (x.bfloat16() if "bfloat16" in self._library.description else x).double()
         blocks = x.unflatten(1, (-1, 32))

@@ -192,7 +192,7 @@ def test_blocks_that_only_llama_cpp_can_write_load_as_gguf_dequantizes_them(tmp_
         numpy.testing.assert_array_equal(tensor.numpy(), expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("kind", [Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
+@pytest.mark.parametrize("kind", [Kind.BF16, Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
 def test_matrices_are_also_handed_out_in_blocks_with_rows_in_the_same_order(tmp_path: Path, kind: Kind) -> None:
     save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), kind)
     checkpoint = open_checkpoint(str(tmp_path))
@@ -232,7 +232,7 @@ def test_matrices_of_other_types_are_handed_out_in_eight_bits(tmp_path: Path, ki
 
 
 def test_matrices_of_plain_floats_are_handed_out_as_values(tmp_path: Path) -> None:
-    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), Kind.F16)
+    save_gguf(tmp_path / "model.gguf", llama(vocab_size=259, **WIDE), Kind.F32)
     checkpoint = open_checkpoint(str(tmp_path))
     assert isinstance(checkpoint, BlockCheckpoint)
     plain = dict(checkpoint.tensors())
