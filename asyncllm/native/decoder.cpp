@@ -175,7 +175,7 @@ class Decoder {
         each_item(walk, BEGIN, n, [&](int t) { begin_token(step, t, residual + (size_t)t * hidden); });
         const Norm *pending = nullptr;  // of the branch that is not yet added
         const auto add_and_norm = [&](bool has_branch, const Norm &next, auto &&use) {
-            each_item(walk, NORMS, n, [&, has_branch](int t) {
+            each_row(walk, NORMS, n, [&, has_branch](int t) {
                 float *stream = residual + (tokens ? tokens[t] : t) * (size_t)hidden, *added = branch + (size_t)t * hidden;
                 if (has_branch) {
                     if (pending->weight) apply_norm(*pending, added, added, hidden, model_.norm_eps);
@@ -198,7 +198,7 @@ class Decoder {
             add_and_norm(l > 0, layer.before_attention, prepare_for(layer.qkv, layer.qkv.adapters));
             product(walk, PRODUCTS, layer.qkv, rows, n, qkv_.of(0), num_qkv());
             const Cache<Pages> cache{(uint8_t *)step.caches[l], shape_};
-            each_item(walk, ROTATION, n, [&](int t) { store_token(step, layer, cache, t); });
+            each_row(walk, ROTATION, n, [&](int t) { store_token(step, layer, cache, t); });
             const bool is_for_few = l + 1 == model_.num_layers && !is_all_wanted(step);
             const std::vector<TilePlace> &tiles = is_for_few ? last_tiles_ : tiles_;
             each_item(walk, ATTENTION, (int)tiles.size() * shape_.num_kv_heads, [&](int i) {
@@ -302,6 +302,15 @@ class Decoder {
         const int some = std::clamp(n / (PIECES_A_THREAD * team_.num_threads()), 1, MAX_ITEMS_A_PIECE);
         walk.each(part, (n + some - 1) / some, [&](int piece) {
             for (int i = piece * some; i < std::min(n, (piece + 1) * some); ++i) body(i);
+        });
+    }
+
+    // body(row) for each of n rows that are made ready. Of eight rows, what their blocks have lies side by side: two threads
+    // would write to the same lines of their caches, unless there are enough rows for each to take eight at a time.
+    template <class Body> void each_row(Walk &walk, Part part, int n, Body &&body) {
+        if (n < 2 * SIDE_ROWS * team_.num_threads()) return each_item(walk, part, n, body);
+        walk.each(part, (n + SIDE_ROWS - 1) / SIDE_ROWS, [&](int piece) {
+            for (int row = piece * SIDE_ROWS; row < std::min(n, (piece + 1) * SIDE_ROWS); ++row) body(row);
         });
     }
 
