@@ -186,16 +186,16 @@ class Decoder {
                 use(t, next, stream, added);
             });
         };
-        const auto prepare_for = [&](const Matrix &matrix, bool in_bfloat16) {
-            return [&, in_bfloat16](int t, const Norm &norm, const float *stream, float *scratch) {
+        const auto prepare_for = [&](const Matrix &matrix, int also) {  // a kind that something beside it reads rows as
+            return [&, also](int t, const Norm &norm, const float *stream, float *scratch) {
                 apply_norm(norm, stream, scratch, hidden, model_.norm_eps);
                 prepare_row(rows, matrix.kind, hidden, t, scratch);
-                if (in_bfloat16 && matrix.kind != BFLOAT16) prepare_row(rows, BFLOAT16, hidden, t, scratch);
+                if (also != matrix.kind) prepare_row(rows, also, hidden, t, scratch);
             };
         };
         for (int l = 0; l < model_.num_layers; ++l) {
             const Layer &layer = layers_[l];
-            add_and_norm(l > 0, layer.before_attention, prepare_for(layer.qkv, layer.qkv.adapters));
+            add_and_norm(l > 0, layer.before_attention, prepare_for(layer.qkv, kind_beside(layer.qkv)));
             product(walk, PRODUCTS, layer.qkv, rows, n, qkv_.of(0), num_qkv());
             const Cache<Pages> cache{(uint8_t *)step.caches[l], shape_};
             each_row(walk, ROTATION, n, [&](int t) { store_token(step, layer, cache, t); });
@@ -208,7 +208,7 @@ class Decoder {
             product(walk, PRODUCTS, layer.out, rows, n, branch, hidden);
             pending = &layer.after_attention;
             const Matrix &up = layer.mlps[0].up;
-            add_and_norm(true, layer.before_mlp, prepare_for(up, up.adapters || layer.router.n));
+            add_and_norm(true, layer.before_mlp, prepare_for(up, layer.router.n ? layer.router.kind : kind_beside(up)));
             if (layer.router.n) mix_experts(walk, l, rows, n, branch);
             else compute_mlp(walk, layer.mlps[0], rows, n, branch);
             pending = &layer.after_mlp;
@@ -334,10 +334,14 @@ class Decoder {
     // A thread's memory for a widened group of any matrix, or for four of `up`.
     uint8_t *scratch_of(const Walk &walk) { return scratch_.of(0) + walk.thread() * scratch_bytes_; }
 
+    // What a matrix's adapters read rows as; without any, what it does.
+    static int kind_beside(const Matrix &matrix) { return matrix.adapters ? BFLOAT16 : matrix.kind; }
+
     // 32 values of a row, as a product with a matrix wants them, and its adapters.
     static void prepare_for(const Matrix &matrix, const Rows &rows, int k, int row, int at, simd::Floats first, simd::Floats second) {
         prepare_block(rows, matrix.kind, k, row, at, first, second);
-        if (matrix.adapters && matrix.kind != BFLOAT16) prepare_block(rows, BFLOAT16, k, row, at, first, second);
+        const int also = kind_beside(matrix);
+        if (also != matrix.kind) prepare_block(rows, also, k, row, at, first, second);
     }
 
     // What is added to products of rows with a group of weights.

@@ -177,9 +177,7 @@ class NativeDecoder:
             last_norm=self._norm(decoder.norm),
             embedding=embedding,
             head=head or embedding,
-            position_embedding=None
-            if positions is None
-            else self._floats(BlockRows.joined(positions.take_rows()).values()),
+            position_embedding=None if positions is None else self._floats(_values_of(positions)),
             frequencies=self._floats(torch.stack([rotary.inv_freq for rotary in rotaries])),
             amplitudes=self._floats(torch.stack([_amplitude(rotary) for rotary in rotaries])),
         )

@@ -120,9 +120,9 @@ def logits_of(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
         return model(torch.tensor([tokens])).logits[0].float()
 
 
-def decoder_of_blocks(checkpoint: Checkpoint, library: Library) -> NativeDecoder:
-    """A file's, in the blocks that it has."""
-    model = read_model(checkpoint, TorchAttention(), torch.bfloat16, torch.device("cpu"), keep_blocks=True)
+def decoder_of_blocks(checkpoint: Checkpoint, library: Library, dtype: torch.dtype = torch.bfloat16) -> NativeDecoder:
+    """A file's, in the blocks that it has; what is in none in `dtype`."""
+    model = read_model(checkpoint, TorchAttention(), dtype, torch.device("cpu"), keep_blocks=True)
     prepare(model, fused=False, products=False)
     return NativeDecoder(model, library, 16, 2)
 
@@ -250,8 +250,20 @@ def test_a_file_in_blocks_has_the_logits_of_its_values(
     assert torch.equal(torch.cat([rows.step([("a", [token])])[0] for token in tokens]), ours)
 
 
-@pytest.mark.parametrize("kind", [Kind.BF16, Kind.Q8_0, Kind.Q4_1])
-def test_experts_in_blocks_have_the_logits_of_their_values(tmp_path: Path, library: Library, kind: Kind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"),  # the router, which is in no blocks, is of the second
+    [
+        (Kind.BF16, torch.bfloat16),
+        (Kind.BF16, torch.float16),
+        (Kind.F16, torch.bfloat16),
+        (Kind.Q8_0, torch.bfloat16),
+        (Kind.Q4_1, torch.bfloat16),
+        (Kind.Q4_1, torch.float16),
+    ],
+)
+def test_experts_in_blocks_have_the_logits_of_their_values(
+    tmp_path: Path, library: Library, kind: Kind, dtype: torch.dtype
+) -> None:
     settings = {**SIZES, "initializer_range": 0.1, **VARIANTS["qwen3-moe"]}
     reference = llama(**{**settings, "mlp_only_layers": []})
     with torch.no_grad():
@@ -266,7 +278,7 @@ def test_experts_in_blocks_have_the_logits_of_their_values(tmp_path: Path, libra
     tokens = tokens_of(6, 40)
     exact = logits_of(reference, tokens)
     checkpoint = open_checkpoint(str(tmp_path))
-    native = decoder_of_blocks(checkpoint, library)
+    native = decoder_of_blocks(checkpoint, library, dtype)
     assert native.num_bytes < 1.25 * checkpoint.num_bytes  # the router in groups of 16
     [ours] = runner_of(native).step([("a", tokens)])
     assert error(ours, exact, has_experts=True) < 0.03 * float(exact.std())
