@@ -579,7 +579,7 @@ int64_t asyncllm_page_bytes(int cache_kind, int head_dim) {
 
 // Bytes that `asyncllm_pack` writes at most for a matrix of a kind.
 int64_t asyncllm_packed_bytes(int kind, int n, int k) {
-    const size_t group_bytes = (kind == BFLOAT16 ? least_bytes(k) : 0) + (size_t)(k / BLOCK) * BLOCK_BYTES[kind];
+    const size_t group_bytes = (kind == BFLOAT16 ? less_bytes(k) : 0) + (size_t)(k / BLOCK) * BLOCK_BYTES[kind];
     return (int64_t)((n + GROUP - 1) / GROUP) * (int64_t)group_bytes;
 }
 

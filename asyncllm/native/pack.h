@@ -16,40 +16,40 @@ inline uint16_t times_minus_eight(uint16_t float16) {
     return (uint16_t)_cvtss_sh(-8.0f * value, _MM_FROUND_TO_NEAREST_INT);
 }
 
-// Writes a block's 16 vectors of words to `to` in 12 bits each, and returns the least exponent; 0 where they do not fit.
+// Writes a block's 16 vectors of words to `to` in 12 bits each, and returns what their exponents are less by; 0 where they
+// do not fit.
 inline int narrow(const uint16_t (*vectors)[2 * GROUP], uint8_t *to) {
-    constexpr int SIGN = 0x8000, FRACTION_BITS = 7, STEPS = 16;
     const uint16_t *values = vectors[0];
     int most = 0;
     for (int i = 0; i < BLOCK * GROUP; ++i) most = std::max(most, values[i] & ~SIGN);
-    const int least = std::max(1, (most >> FRACTION_BITS) - STEPS + 1), base = least << FRACTION_BITS;
-    bool fits = true;
+    const int less = std::max(1, (most >> FRACTION_BITS) - STEPS), least = (less + 1) << FRACTION_BITS;
+    bool fits = less <= MOST_LESS;
     for (int i = 0; i < BLOCK * GROUP; ++i) {
         const int magnitude = values[i] & ~SIGN;
-        fits &= magnitude == 0 || magnitude > base;  // what is left of the base itself would stand for 0
+        fits &= magnitude == 0 || magnitude >= least;
     }
     if (!fits) return 0;
-    const auto bits = [&](int vector, int i) {
-        const int magnitude = vectors[vector][i] & ~SIGN;
-        return (vectors[vector][i] & SIGN) >> 4 | (magnitude ? magnitude - base : 0);
+    const auto small = [&](int vector, int i) {
+        const int value = vectors[vector][i];
+        return value & ~SIGN ? value - (less << FRACTION_BITS) : value;
     };
     for (int vector = 0; vector < BLOCK / 2; vector += 4) {
         uint16_t three[3][2 * GROUP];
-        for (int j = 0; j < 3; ++j) {
-            for (int i = 0; i < 2 * GROUP; ++i) {
-                three[j][i] = (uint16_t)(bits(vector + j, i) << 4 | (bits(vector + 3, i) >> (8 - 4 * j) & 15));
-            }
+        for (int i = 0; i < 2 * GROUP; ++i) {
+            const int bits = small(vector + 3, i);
+            const int parts[] = {bits >> 12 | (bits & 7), bits >> 7 & 15, bits >> 3 & 15};
+            for (int j = 0; j < 3; ++j) three[j][i] = (uint16_t)(small(vector + j, i) | parts[j] << 11);
         }
         std::memcpy(to, three, sizeof three);
         to += sizeof three;
     }
-    return least;
+    return less;
 }
 
 // Fills one group of a matrix [n, k] of bfloat16, and returns where it ends.
 inline uint8_t *pack_bfloat16_group(const uint8_t *rows, int n, int k, int g, uint8_t *to) {
-    uint8_t *least = to;
-    to += least_bytes(k);
+    uint8_t *less = to;
+    to += less_bytes(k);
     const int num_lanes = std::min(GROUP, n - g * GROUP);
     for (int b = 0; b < k / BLOCK; ++b) {
         uint16_t vectors[BLOCK / 2][2 * GROUP] = {};
@@ -57,9 +57,9 @@ inline uint8_t *pack_bfloat16_group(const uint8_t *rows, int n, int k, int g, ui
             const uint8_t *from = rows + 2 * ((size_t)(g * GROUP + lane) * k + b * BLOCK);
             for (int i = 0; i < BLOCK / 2; ++i) std::memcpy(vectors[i] + 2 * lane, from + 4 * i, 4);
         }
-        least[b] = (uint8_t)narrow(vectors, to);
-        if (!least[b]) std::memcpy(to, vectors, sizeof vectors);
-        to += least[b] ? NARROW_BYTES : BLOCK_BYTES[BFLOAT16];
+        less[b] = (uint8_t)narrow(vectors, to);
+        if (!less[b]) std::memcpy(to, vectors, sizeof vectors);
+        to += less[b] ? NARROW_BYTES : BLOCK_BYTES[BFLOAT16];
     }
     return to;
 }

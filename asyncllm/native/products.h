@@ -1,16 +1,10 @@
 // Products of rows with a group of weights: in vectors, or in tiles where the processor has them.
 #pragma once
 
+#include <type_traits>
+
 #include "matrix.h"
 #include "tile_products.h"
-
-// Leaves a group's pairs of bfloat16 in `to`, none of them in 12 bits.
-inline void widen_pairs(Group &group, uint8_t *to) {
-    group.wide = to;
-    each_pair_of_group(group.data, group.k, [&](int pair, const simd::Ints &weights) {
-        std::memcpy(to + 64 * (size_t)pair, &weights, sizeof weights);
-    });
-}
 
 // R rows times one group of outputs: out[row * stride + output], output 0..15.
 template <int R>
@@ -96,22 +90,37 @@ inline void multiply_eight_bit(const Group &w, const Rows &x, int row, float *ou
 }
 
 #if !defined(__AMX_TILE__)  // whose rows are of bfloat16
+// Leaves a group's pairs of bfloat16 in `to`, small ones still small, a vector each.
+inline void widen_pairs(Group &group, uint8_t *to) {
+    group.wide = to;
+    const uint8_t *at = group.data + less_bytes(group.k);
+    for (int b = 0; b < group.k / BLOCK; ++b, to += BLOCK_BYTES[BFLOAT16]) {
+        read_ahead(at, NARROW_BYTES);
+        at = each_pair(at, group.data[b], [&](int pair, const simd::Ints &weights) {
+            std::memcpy(to + 64 * pair, &weights, sizeof weights);
+        });
+    }
+}
+
 template <int R>
 inline void multiply_bfloat16(const Group &w, const Rows &x, int row, float *out, int stride) {
     using namespace simd;
+    const uint8_t *less = w.data, *at = w.wide ? w.wide : w.data + less_bytes(w.k);
     const Value *values = x.values + (size_t)row * w.k;
-    Floats y[R], z[R];  // summed up
-    for (int r = 0; r < R; ++r) y[r] = z[r] = zero();
-    const auto use = [&](int pair, const Ints &weights) __attribute__((always_inline)) {
-        const Pairs pairs = pairs_of(weights);
-        for (int r = 0; r < R; ++r) add_products(y[r], z[r], pairs, values + (size_t)r * w.k + 2 * pair);
-    };
-    if (w.wide) {
-        for (int pair = 0; pair < w.k / 2; ++pair) use(pair, load_bytes(w.wide + 64 * (size_t)pair));
-    } else {
-        each_pair_of_group(w.data, w.k, use);
+    Floats y[R];
+    for (int r = 0; r < R; ++r) y[r] = zero();
+    for (int b = 0; b < w.k / BLOCK; ++b, values += BLOCK) {
+        if (!w.wide) read_ahead(at, NARROW_BYTES);
+        Floats first[R], second[R];  // summed up
+        for (int r = 0; r < R; ++r) first[r] = second[r] = zero();
+        at = each_pair(at, less[b] && !w.wide, [&](int pair, const Ints &weights) __attribute__((always_inline)) {
+            const Pairs pairs = pairs_of(weights);
+            for (int r = 0; r < R; ++r) add_products(first[r], second[r], pairs, values + (size_t)r * w.k + 2 * pair);
+        });
+        const Floats scale = all(power_of_two(less[b] - INPUT_EXPONENT));
+        for (int r = 0; r < R; ++r) y[r] = fma(add(first[r], second[r]), scale, y[r]);
     }
-    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, add(y[r], z[r]));
+    for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
 }
 #endif
 
@@ -123,6 +132,7 @@ inline void multiply_float16(const Group &w, const Rows &x, int row, float *out,
     Floats y[R], z[R];  // summed up
     for (int r = 0; r < R; ++r) y[r] = z[r] = zero();
     for (int i = 0; i < w.k; i += 2, weights += 2 * GROUP) {
+        read_ahead((const uint8_t *)weights, 64);
         const Floats first = load_float16(weights), second = load_float16(weights + GROUP);
         for (int r = 0; r < R; ++r) {
             y[r] = fma(first, all(values[(size_t)r * w.k + i]), y[r]);
@@ -159,7 +169,7 @@ inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float
 inline Group group_for(const Matrix &w, int g, int num_rows, uint8_t *scratch) {
     Group group = {w.kind, w.k, w.group(g)};
     if (num_rows < LEAST_ROWS || w.kind == EIGHT_BIT || w.kind == FLOAT16) return group;
-    if (w.kind == BFLOAT16) widen_pairs(group, scratch);
+    if (w.kind == BFLOAT16) tiles::widen_pairs(group, scratch);
     else tiles::widen_nibbles(group, scratch);
     return group;
 }
@@ -167,6 +177,10 @@ inline Group group_for(const Matrix &w, int g, int num_rows, uint8_t *scratch) {
 #else
 
 constexpr int ROWS_AT_ONCE = simd::SUMS;
+
+// Whether pairs take so long to widen that it is done once for many rows: two products of float32 with each of eight rows
+// take longer by far, one of bfloat16 does not.
+constexpr bool IS_WIDENED_ONCE = ROWS_AT_ONCE < 8 || std::is_same_v<simd::Value, uint16_t>;
 
 // Up to ROWS_AT_ONCE rows times one group of outputs.
 inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
@@ -180,10 +194,10 @@ inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float
     });
 }
 
-// A group that is to meet some rows. If all of them at once, it is widened on the way; if not, once, into `scratch`.
+// A group that is to meet some rows: pairs of bfloat16 are widened on their way into products, or before, into `scratch`.
 inline Group group_for(const Matrix &w, int g, int num_rows, uint8_t *scratch) {
     Group group = {w.kind, w.k, w.group(g)};
-    if (w.kind == BFLOAT16 && num_rows > ROWS_AT_ONCE) widen_pairs(group, scratch);
+    if (IS_WIDENED_ONCE && w.kind == BFLOAT16 && num_rows > ROWS_AT_ONCE) widen_pairs(group, scratch);
     return group;
 }
 

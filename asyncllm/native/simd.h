@@ -88,18 +88,15 @@ inline Ints shifted_left(Ints a, int bits) { return _mm512_slli_epi32(a, bits); 
 inline Ints shifted_right(Ints a, int bits) { return _mm512_srai_epi32(a, bits); }
 inline Ints bits_of(Ints a, Ints mask) { return _mm512_and_si512(a, mask); }
 
-// Words: 32 of 16 bits. Bfloat16 from 12 bits at the top of each, a sign, what to add to `base`, 7 of its fraction; or 0.
+// Words: 32 of 16 bits, each a small bfloat16 of 12 bits: a sign, four bits of an exponent, seven of a fraction. Three
+// vectors of them hold a fourth's bits where an exponent has its others.
 inline Ints words(int value) { return _mm512_set1_epi16((short)value); }
-inline Ints widened(Ints a, Ints base) {
-    a = _mm512_and_si512(_mm512_srai_epi16(a, 4), words(0x87ff));
-    return _mm512_mask_add_epi16(a, _mm512_test_epi16_mask(a, words(0x7ff)), a, base);
-}
-
-// 12 bits at the top of each word from the low four bits of three.
+inline Ints without_fourth(Ints a) { return _mm512_and_si512(a, words(0x87ff)); }
 inline Ints fourth(Ints x, Ints y, Ints z) {
     constexpr int SELECT = 0xca;  // of the second where the first has ones, of the third elsewhere
-    const Ints two = _mm512_ternarylogic_epi32(words(0x0f00), _mm512_slli_epi16(y, 8), _mm512_slli_epi16(x, 12), SELECT);
-    return _mm512_ternarylogic_epi32(words(0x00f0), _mm512_slli_epi16(z, 4), two, SELECT);
+    const Ints ends = _mm512_ternarylogic_epi32(words(0x8000), _mm512_slli_epi16(x, 1), _mm512_srli_epi16(x, 11), SELECT);
+    const Ints between = _mm512_ternarylogic_epi32(words(0x0780), _mm512_srli_epi16(y, 4), _mm512_srli_epi16(z, 8), SELECT);
+    return _mm512_ternarylogic_epi32(words(0x07f8), between, ends, SELECT);
 }
 
 #if defined(__AVX512BF16__)
@@ -220,16 +217,12 @@ inline Ints shifted_right(Ints a, int bits) { return {_mm256_srai_epi32(a.low, b
 inline Ints bits_of(Ints a, Ints mask) { return {_mm256_and_si256(a.low, mask.low), _mm256_and_si256(a.high, mask.high)}; }
 
 inline Ints words(int value) { return {_mm256_set1_epi16((short)value), _mm256_set1_epi16((short)value)}; }
-inline __m256i widened(__m256i a, __m256i base) {
-    a = _mm256_and_si256(_mm256_srai_epi16(a, 4), _mm256_set1_epi16((short)0x87ff));
-    const __m256i is_zero = _mm256_cmpeq_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0x7ff)), _mm256_setzero_si256());
-    return _mm256_add_epi16(a, _mm256_andnot_si256(is_zero, base));
-}
-inline Ints widened(Ints a, Ints base) { return {widened(a.low, base.low), widened(a.high, base.high)}; }
+inline Ints without_fourth(Ints a) { return bits_of(a, words(0x87ff)); }
 inline __m256i fourth(__m256i x, __m256i y, __m256i z) {
-    const __m256i second = _mm256_and_si256(_mm256_slli_epi16(y, 8), _mm256_set1_epi16(0x0f00));
-    const __m256i third = _mm256_and_si256(_mm256_slli_epi16(z, 4), _mm256_set1_epi16(0x00f0));
-    return _mm256_or_si256(_mm256_slli_epi16(x, 12), _mm256_or_si256(second, third));
+    const auto bits = [](__m256i a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi16((short)mask)); };
+    const __m256i first = _mm256_or_si256(bits(_mm256_slli_epi16(x, 1), 0x8000), bits(_mm256_srli_epi16(x, 11), 0x0007));
+    const __m256i second = bits(_mm256_srli_epi16(y, 4), 0x0780), third = bits(_mm256_srli_epi16(z, 8), 0x0078);
+    return _mm256_or_si256(first, _mm256_or_si256(second, third));
 }
 inline Ints fourth(const Ints &x, const Ints &y, const Ints &z) {
     return {fourth(x.low, y.low, z.low), fourth(x.high, y.high, z.high)};
@@ -314,13 +307,15 @@ inline void add_products(Floats &first, Floats &second, const Pairs &a, const Va
 }
 #endif
 
-// What meets matrices of bfloat16: the same, but where tiles do that.
+// What meets matrices of bfloat16: the same, but where tiles do that. Small weights meet it larger by as much as leaves
+// their products far from the ends of what a float can be.
 #if defined(__AMX_TILE__)
 using Input = uint16_t;
 inline void store_inputs(Input *to, Floats a) { store_bfloat16(to, a); }
 #else
 using Input = Value;
-inline void store_inputs(Input *to, Floats a) { store_values(to, a); }
+constexpr int INPUT_EXPONENT = 64;
+inline void store_inputs(Input *to, Floats a) { store_values(to, mul(a, all(0x1p64f))); }
 #endif
 
 // Calls body.operator()<count>(); count is 1..MOST, and all else is taken for MOST.
@@ -337,6 +332,8 @@ inline float bfloat16_to_float(uint16_t value) {
     std::memcpy(&result, &bits, sizeof result);
     return result;
 }
+
+inline float power_of_two(int exponent) { return bfloat16_to_float((uint16_t)((127 + exponent) << 7)); }  // -126 to 127
 
 inline int32_t quad_at(const int8_t *values) {
     int32_t quad;

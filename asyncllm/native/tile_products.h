@@ -27,6 +27,26 @@ inline void widen_nibbles(Group &group, uint8_t *to) {
     }
 }
 
+// Leaves a block of bfloat16 in `to` as it was; returns where it ends.
+inline const uint8_t *widen_block(const uint8_t *at, int less, uint8_t *to) {
+    using namespace simd;
+    const Ints base = words(less << FRACTION_BITS);
+    return each_pair(at, less, [&](int pair, Ints weights) {
+        weights = _mm512_mask_add_epi16(weights, _mm512_test_epi16_mask(weights, words(~SIGN)), weights, base);
+        std::memcpy(to + ROW_BYTES * pair, &weights, sizeof weights);
+    });
+}
+
+// Leaves a group's pairs of bfloat16 in `to`.
+inline void widen_pairs(Group &group, uint8_t *to) {
+    group.wide = to;
+    const uint8_t *at = group.data + less_bytes(group.k);
+    for (int b = 0; b < group.k / BLOCK; ++b, to += BLOCK_BYTES[BFLOAT16]) {
+        read_ahead(at, NARROW_BYTES);
+        at = widen_block(at, group.data[b], to);
+    }
+}
+
 template <Kind KIND> inline void multiply_block(const int8_t *inputs, int k, int32_t *sums) {
     zero<SUMS>();
     load<INPUTS>(inputs, k);
@@ -93,7 +113,7 @@ inline void multiply_bfloat16(const Group &w, const Rows &x, int row, int num_ro
     using namespace simd;
     constexpr int NUM_SUMS = 4;
     const int num_blocks = w.k / BLOCK;
-    const uint8_t *at = w.data + least_bytes(w.k);
+    const uint8_t *at = w.data + less_bytes(w.k);
     alignas(64) uint8_t widened[NUM_SUMS][BLOCK_BYTES[BFLOAT16]];
     configure(num_rows, ROW_BYTES);
     tiles::zero<SUMS>(), tiles::zero<SUMS + 1>(), tiles::zero<SUMS + 2>(), tiles::zero<SUMS + 3>();
@@ -104,9 +124,7 @@ inline void multiply_bfloat16(const Group &w, const Rows &x, int row, int num_ro
             const uint8_t *weights = w.wide + (size_t)b * BLOCK_BYTES[BFLOAT16];
             if (!w.wide) {
                 weights = widened[I];
-                at = each_pair(at, w.data[b], [&](int pair, const Ints &pairs) {
-                    std::memcpy(widened[I] + 64 * pair, &pairs, sizeof pairs);
-                });
+                at = widen_block(at, w.data[b], widened[I]);
             }
             tiles::load<INPUTS + I % 2>(x.values + (size_t)row * w.k + b * BLOCK, sizeof(Input) * w.k);
             tiles::load<WEIGHTS + I % 2>(weights, ROW_BYTES);

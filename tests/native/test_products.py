@@ -174,7 +174,7 @@ def test_the_likeliest_is_where_the_logits_are_largest(library: Library, kind: K
     assert product.likeliest(x) == [0, 0], "where nothing is a number"
 
 
-LEAST = 112  # exponent, of the 16 that fit below 128
+LEAST = 113  # exponent, of the 15 that fit below 128
 
 
 def bfloat16(exponent: int, fraction: int = 1, sign: int = 0) -> int:
@@ -183,11 +183,10 @@ def bfloat16(exponent: int, fraction: int = 1, sign: int = 0) -> int:
 
 # What lies in one block beside numbers of the largest exponent, 127, and whether it fits into 12 bits a weight.
 BLOCKS = {
-    "all within 16 exponents": ([bfloat16(e, f, s) for e in range(LEAST, 128) for f in (1, 127) for s in (0, 1)], True),
+    "15 exponents": ([bfloat16(e, f, s) for e in range(LEAST, 128) for f in (0, 85, 127) for s in (0, 1)], True),
     "zeros of both signs": ([0, 0x8000] * 20, True),
-    "the least exponent's power of two": ([bfloat16(LEAST, 0)], False),
-    "its negative": ([bfloat16(LEAST, 0, 1)], False),
     "an exponent below": ([bfloat16(LEAST - 1, 127)], False),
+    "its negative": ([bfloat16(LEAST - 1, 127, 1)], False),
     "a denormal": ([1], False),
 }
 
@@ -212,13 +211,16 @@ def test_bfloat16_in_12_bits_has_lost_nothing(library: Library, name: str) -> No
         library.decoder_delete(decoder)
 
 
-@pytest.mark.parametrize("exponent", [0, 1, 14, 15, 16, 17, 200, 254, 255])
-def test_weights_of_any_size_are_as_they_were(library: Library, exponent: int) -> None:
-    # Infinities among them, and blocks of nothing but zeros.
+@pytest.mark.parametrize(
+    ("exponent", "fits"),
+    [(0, True), (1, False), (2, True), (16, True), (17, True), (190, True), (206, True), (255, False)],
+)
+def test_weights_of_any_size_are_as_they_were(library: Library, exponent: int, fits: bool) -> None:
+    # Infinities among them, and blocks of nothing but zeros. Beyond 2^79 their products may be infinite.
     words = numpy.full((16, 32), bfloat16(exponent, 5 if 0 < exponent < 255 else 0), numpy.uint16)
     words[::2] |= 0x8000
     packed = Packed(library, Kind.BF16, words, (16, 32))
-    assert packed.num_bytes == 64 + 768
+    assert packed.num_bytes == 64 + (768 if fits else 1024)
     x, logits = torch.ones(1, 32), torch.empty(1, 16)
     decoder = packed.decoder()
     try:
