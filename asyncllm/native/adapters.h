@@ -18,7 +18,7 @@ class Changes {
         num_tokens_ = num_tokens;
         adapters_.clear();
         runs_.clear();
-        narrow_.of((size_t)most_parts_ * num_tokens * width_);
+        narrow_.of((size_t)most_parts_ * num_tokens * input_stride(width_));
     }
 
     void add_token(int adapter) {  // from 1; 0 = none
@@ -77,7 +77,7 @@ class Changes {
 
     Rows plane(int part) const {
         Rows rows = {};
-        rows.values = narrow_.data() + (size_t)part * num_tokens_ * width_;
+        rows.values = narrow_.data() + (size_t)part * num_tokens_ * input_stride(width_);
         return rows;
     }
 

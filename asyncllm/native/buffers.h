@@ -37,9 +37,17 @@ struct RowBuffers {
     Buffer<uint8_t> marks;
 
     Rows of(int num_rows, int k) {
-        const size_t size = (size_t)(num_rows + SIDE_ROWS - 1) / SIDE_ROWS * SIDE_ROWS * k, num_blocks = size / BLOCK;
-        return {values.of(size),       floats.of(size),       for_keys.of(size),         quants.of(size),       fine.of(size),
-                scales.of(num_blocks), sums.of(num_blocks),   starts.of(num_blocks),     fine_starts.of(num_blocks),
+        const size_t some_rows = (size_t)(num_rows + SIDE_ROWS - 1) / SIDE_ROWS * SIDE_ROWS;
+        const size_t size = some_rows * k, num_blocks = size / BLOCK;
+        return {values.of(some_rows * input_stride(k)),
+                floats.of(size),
+                for_keys.of(size),
+                quants.of(size),
+                fine.of(size),
+                scales.of(num_blocks),
+                sums.of(num_blocks),
+                starts.of(num_blocks),
+                fine_starts.of(num_blocks),
                 marks.of(num_blocks)};
     }
 };

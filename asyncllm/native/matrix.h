@@ -71,7 +71,7 @@ inline size_t less_bytes(int k) { return ((size_t)k / BLOCK + 63) / 64 * 64; }
 
 // Rows of k inputs each, as products of a kind take them.
 struct Rows {
-    simd::Input *values;    // BFLOAT16: [rows, k]
+    simd::Input *values;    // BFLOAT16: [rows, input_stride(k)]
     float *floats;          // FLOAT16: [rows, k]
     simd::Value *for_keys;  // KEYS: [rows, k]
     int8_t *quants;         // the others: [rows, k]
@@ -83,6 +83,13 @@ struct Rows {
     int32_t *fine_starts;  // of fine
     uint8_t *marks;        // whether there is `fine`
 };
+
+// From one row's values to the next one's: an odd number of cache lines, or those of many rows would share a few places of
+// the first cache wherever k is a multiple of 1024.
+inline size_t input_stride(int k) {
+    constexpr size_t LINE = 64 / sizeof(simd::Input);
+    return ((size_t)k / LINE | 1) * LINE;
+}
 
 constexpr int SIDE_ROWS = 8;  // rows whose blocks lie side by side
 constexpr int FINE_BITS = 7;
@@ -96,12 +103,12 @@ inline size_t block_place(int row, int num_blocks, int block) {
 inline void prepare_block(const Rows &rows, int kind, int k, int row, int at, simd::Floats first, simd::Floats second,
                           bool is_fine = false) {
     using namespace simd;
-    const size_t place = (size_t)row * k + at;
     if (kind == BFLOAT16) {
-        store_inputs(rows.values + place, first);
-        store_inputs(rows.values + place + LANES, second);
+        store_inputs(rows.values + row * input_stride(k) + at, first);
+        store_inputs(rows.values + row * input_stride(k) + at + LANES, second);
         return;
     }
+    const size_t place = (size_t)row * k + at;
     if (kind == FLOAT16) {
         store(rows.floats + place, first);
         store(rows.floats + place + LANES, second);
@@ -156,11 +163,12 @@ inline void prepare_row(const Rows &rows, int kind, int k, int row, const float 
 
 // Copies a prepared row of k.
 inline void copy_row(const Rows &from, int row, const Rows &to, int to_row, int kind, int k) {
-    const size_t at = (size_t)row * k, to_at = (size_t)to_row * k;
     if (kind == BFLOAT16) {
-        std::memcpy(to.values + to_at, from.values + at, sizeof(*to.values) * k);
+        const size_t stride = input_stride(k);
+        std::memcpy(to.values + to_row * stride, from.values + row * stride, sizeof(*to.values) * k);
         return;
     }
+    const size_t at = (size_t)row * k, to_at = (size_t)to_row * k;
     if (kind == FLOAT16) {
         std::memcpy(to.floats + to_at, from.floats + at, sizeof(*to.floats) * k);
         return;

@@ -102,23 +102,28 @@ inline void widen_pairs(Group &group, uint8_t *to) {
     }
 }
 
+// Each row has one sum of a block, and meets a weight as soon as it is widened: so as many rows as there are registers.
 template <int R>
 inline void multiply_bfloat16(const Group &w, const Rows &x, int row, float *out, int stride) {
     using namespace simd;
     const uint8_t *less = w.data, *at = w.wide ? w.wide : w.data + less_bytes(w.k);
-    const Value *values = x.values + (size_t)row * w.k;
+    const size_t stride_of_rows = input_stride(w.k);
+    const Value *values = x.values + row * stride_of_rows;
     Floats y[R];
     for (int r = 0; r < R; ++r) y[r] = zero();
     for (int b = 0; b < w.k / BLOCK; ++b, values += BLOCK) {
         if (!w.wide) read_ahead(at, NARROW_BYTES);
-        Floats first[R], second[R];  // summed up
-        for (int r = 0; r < R; ++r) first[r] = second[r] = zero();
+        Floats sums[R];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sums[r] = zero();
         at = each_pair(at, less[b] && !w.wide, [&](int pair, const Ints &weights) __attribute__((always_inline)) {
             const Pairs pairs = pairs_of(weights);
-            for (int r = 0; r < R; ++r) add_products(first[r], second[r], pairs, values + (size_t)r * w.k + 2 * pair);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) sums[r] = dot_pairs(sums[r], pairs, values + r * stride_of_rows + 2 * pair);
         });
         const Floats scale = all(power_of_two(less[b] - INPUT_EXPONENT));
-        for (int r = 0; r < R; ++r) y[r] = fma(add(first[r], second[r]), scale, y[r]);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) y[r] = fma(sums[r], scale, y[r]);
     }
     for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, y[r]);
 }
@@ -142,6 +147,23 @@ inline void multiply_float16(const Group &w, const Rows &x, int row, float *out,
     for (int r = 0; r < R; ++r) store(out + (size_t)r * stride, add(y[r], z[r]));
 }
 
+// Any number of rows times one group of outputs, as many of them at once as leave their sums in registers.
+inline void multiply_in_vectors(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
+    for (int r = 0; r < num_rows; r += simd::SUMS) {
+        simd::with_count<simd::SUMS>(num_rows - r, [&]<int R>() {
+            float *to = out + (size_t)r * stride;
+            switch (w.kind) {
+            case FOUR_BIT: return multiply_four_bit<R>(w, x, row + r, to, stride);
+            case EIGHT_BIT: return multiply_eight_bit<R>(w, x, row + r, to, stride);
+            case FLOAT16: return multiply_float16<R>(w, x, row + r, to, stride);
+#if !defined(__AMX_TILE__)
+            default: return multiply_bfloat16<R>(w, x, row + r, to, stride);
+#endif
+            }
+        });
+    }
+}
+
 #if defined(__AMX_TILE__)
 
 constexpr int ROWS_AT_ONCE = tiles::ROWS;
@@ -150,19 +172,8 @@ constexpr int LEAST_ROWS = 5;  // of integers that tiles are worth: below it, a 
 // Up to ROWS_AT_ONCE rows times one group of outputs. Of integers, vectors and tiles make the same.
 inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
     if (w.kind == BFLOAT16) return tiles::multiply_bfloat16(w, x, row, num_rows, out, stride);
-    if (w.kind == FLOAT16) {
-        for (int r = 0; r < num_rows; r += simd::SUMS) {
-            simd::with_count<simd::SUMS>(num_rows - r, [&]<int R>() {
-                multiply_float16<R>(w, x, row + r, out + (size_t)r * stride, stride);
-            });
-        }
-        return;
-    }
-    if (num_rows >= LEAST_ROWS) return tiles::multiply_integers(w, x, row, num_rows, out, stride);
-    simd::with_count<LEAST_ROWS - 1>(num_rows, [&]<int R>() {
-        if (w.kind == FOUR_BIT) multiply_four_bit<R>(w, x, row, out, stride);
-        else multiply_eight_bit<R>(w, x, row, out, stride);
-    });
+    if (w.kind == FLOAT16 || num_rows < LEAST_ROWS) return multiply_in_vectors(w, x, row, num_rows, out, stride);
+    tiles::multiply_integers(w, x, row, num_rows, out, stride);
 }
 
 // A group that is to meet some rows. For more than a few it is widened once, into `scratch`.
@@ -176,22 +187,16 @@ inline Group group_for(const Matrix &w, int g, int num_rows, uint8_t *scratch) {
 
 #else
 
-constexpr int ROWS_AT_ONCE = simd::SUMS;
+constexpr int ROWS_AT_ONCE = 2 * simd::SUMS;
 
-// Whether pairs take so long to widen that it is done once for many rows: two products of float32 with each of eight rows
+// Whether pairs take so long to widen that it is done once for many rows: two products of float32 with each of 16 rows
 // take longer by far, one of bfloat16 does not.
-constexpr bool IS_WIDENED_ONCE = ROWS_AT_ONCE < 8 || std::is_same_v<simd::Value, uint16_t>;
+constexpr bool IS_WIDENED_ONCE = simd::SUMS < 8 || std::is_same_v<simd::Value, uint16_t>;
 
 // Up to ROWS_AT_ONCE rows times one group of outputs.
 inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
-    simd::with_count<ROWS_AT_ONCE>(num_rows, [&]<int R>() {
-        switch (w.kind) {
-        case FOUR_BIT: return multiply_four_bit<R>(w, x, row, out, stride);
-        case EIGHT_BIT: return multiply_eight_bit<R>(w, x, row, out, stride);
-        case FLOAT16: return multiply_float16<R>(w, x, row, out, stride);
-        default: return multiply_bfloat16<R>(w, x, row, out, stride);
-        }
-    });
+    if (w.kind == BFLOAT16 && num_rows == ROWS_AT_ONCE) return multiply_bfloat16<ROWS_AT_ONCE>(w, x, row, out, stride);
+    multiply_in_vectors(w, x, row, num_rows, out, stride);
 }
 
 // A group that is to meet some rows: pairs of bfloat16 are widened on their way into products, or before, into `scratch`.

@@ -126,7 +126,7 @@ inline void multiply_bfloat16(const Group &w, const Rows &x, int row, int num_ro
                 weights = widened[I];
                 at = widen_block(at, w.data[b], widened[I]);
             }
-            tiles::load<INPUTS + I % 2>(x.values + (size_t)row * w.k + b * BLOCK, sizeof(Input) * w.k);
+            tiles::load<INPUTS + I % 2>(x.values + row * input_stride(w.k) + b * BLOCK, sizeof(Input) * input_stride(w.k));
             tiles::load<WEIGHTS + I % 2>(weights, ROW_BYTES);
             add_bfloat16<SUMS + I, INPUTS + I % 2, WEIGHTS + I % 2>();
         };
