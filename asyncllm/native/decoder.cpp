@@ -367,11 +367,12 @@ class Decoder {
     void multiply_groups(Walk &walk, const Matrix &matrix, const Rows &rows, int row, int num_rows, int begin, int end, float *to,
                          int width) {
         uint8_t *scratch = scratch_of(walk);
+        const int most = rows_at_once(matrix.kind);
         for (int g = begin; g < end; ++g) {
             const Group weights = group_for(matrix, g, num_rows, scratch);
             const bool whole = (g + 1) * GROUP <= matrix.n;
-            for (int r = 0; r < num_rows; r += ROWS_AT_ONCE) {
-                const int some = std::min(ROWS_AT_ONCE, num_rows - r);
+            for (int r = 0; r < num_rows; r += most) {
+                const int some = std::min(most, num_rows - r);
                 float *at = to + (size_t)(row + r) * width + g * GROUP;
                 if (whole) {
                     multiply(weights, rows, row + r, some, at, width);
@@ -400,10 +401,11 @@ class Decoder {
             std::fill_n(values, num_rows * GROUP, -INFINITY);
             std::fill_n(groups, num_rows * GROUP, 0.0f);
             uint8_t *scratch = scratch_of(walk);
+            const int most = rows_at_once(head.kind);
             for (int g = begin; g < end; ++g) {
                 const Group weights = group_for(head, g, num_rows, scratch);
-                for (int r = 0; r < num_rows; r += ROWS_AT_ONCE) {
-                    const int some = std::min(ROWS_AT_ONCE, num_rows - r);
+                for (int r = 0; r < num_rows; r += most) {
+                    const int some = std::min(most, num_rows - r);
                     multiply(weights, rows, row + r, some, results, GROUP);
                     add_bias(head, some, g, results, GROUP);
                     for (int i = 0; i < some; ++i) {
@@ -470,7 +472,7 @@ class Decoder {
     // to = act(rows · gate) * (rows · up), or act(rows · up), as the MLP's `down` wants it; blocks [begin, end) of it.
     void activate_blocks(Walk &walk, const FeedForward &mlp, const Rows &rows, const Rows &to, int row, int num_rows, int begin,
                          int end) {
-        const int inner = mlp.down.k, up_groups = inner / GROUP;
+        const int inner = mlp.down.k, up_groups = inner / GROUP, most = rows_at_once(mlp.up.kind);
         alignas(64) float gate[ROWS_AT_ONCE * BLOCK], up[ROWS_AT_ONCE * BLOCK];
         const size_t group_bytes = (size_t)mlp.up.k / BLOCK * BLOCK_BYTES[BFLOAT16];
         uint8_t *scratch = scratch_of(walk);
@@ -481,8 +483,8 @@ class Decoder {
                 gates[half] = group_for(mlp.up, g, num_rows, scratch + half * group_bytes);
                 if (model_.is_gated) ups[half] = group_for(mlp.up, up_groups + g, num_rows, scratch + (2 + half) * group_bytes);
             }
-            for (int r = 0; r < num_rows; r += ROWS_AT_ONCE) {
-                const int some = std::min(ROWS_AT_ONCE, num_rows - r);
+            for (int r = 0; r < num_rows; r += most) {
+                const int some = std::min(most, num_rows - r);
                 for (int half = 0; half < 2; ++half) {
                     const int g = 2 * block + half;
                     multiply(gates[half], rows, row + r, some, gate + half * GROUP, BLOCK);

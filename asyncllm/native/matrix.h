@@ -32,8 +32,6 @@ constexpr int BLOCK = 32;  // inputs
 constexpr int GROUP = 16;  // outputs
 constexpr int BLOCK_BYTES[] = {1024, 320, 576, 1024};
 constexpr int NARROW_BYTES = 768;  // a block of bfloat16 in 12 bits
-constexpr int STEPS = 15;  // of a block's exponents that fit into four bits beside zero
-constexpr int MOST_LESS = 191;  // that a block's exponents can be: sums are multiplied with 2^(less - 64), a float
 constexpr int FRACTION_BITS = 7;  // of bfloat16
 constexpr int SIGN = 0x8000;
 

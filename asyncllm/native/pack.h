@@ -19,6 +19,8 @@ inline uint16_t times_minus_eight(uint16_t float16) {
 // Writes a block's 16 vectors of words to `to` in 12 bits each, and returns what their exponents are less by; 0 where they
 // do not fit.
 inline int narrow(const uint16_t (*vectors)[2 * GROUP], uint8_t *to) {
+    constexpr int STEPS = 15;       // of exponents that fit into four bits beside zero
+    constexpr int MOST_LESS = 191;  // sums are multiplied with 2^(less - 64), a float
     const uint16_t *values = vectors[0];
     int most = 0;
     for (int i = 0; i < BLOCK * GROUP; ++i) most = std::max(most, values[i] & ~SIGN);

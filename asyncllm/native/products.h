@@ -167,9 +167,10 @@ inline void multiply_in_vectors(const Group &w, const Rows &x, int row, int num_
 #if defined(__AMX_TILE__)
 
 constexpr int ROWS_AT_ONCE = tiles::ROWS;
+inline int rows_at_once(int) { return ROWS_AT_ONCE; }
 constexpr int LEAST_ROWS = 5;  // of integers that tiles are worth: below it, a vector's products are as fast
 
-// Up to ROWS_AT_ONCE rows times one group of outputs. Of integers, vectors and tiles make the same.
+// Up to `rows_at_once` times one group of outputs. Of integers, vectors and tiles make the same.
 inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
     if (w.kind == BFLOAT16) return tiles::multiply_bfloat16(w, x, row, num_rows, out, stride);
     if (w.kind == FLOAT16 || num_rows < LEAST_ROWS) return multiply_in_vectors(w, x, row, num_rows, out, stride);
@@ -188,12 +189,13 @@ inline Group group_for(const Matrix &w, int g, int num_rows, uint8_t *scratch) {
 #else
 
 constexpr int ROWS_AT_ONCE = 2 * simd::SUMS;
+inline int rows_at_once(int kind) { return kind == BFLOAT16 ? ROWS_AT_ONCE : simd::SUMS; }
 
 // Whether pairs take so long to widen that it is done once for many rows: two products of float32 with each of 16 rows
 // take longer by far, one of bfloat16 does not.
 constexpr bool IS_WIDENED_ONCE = simd::SUMS < 8 || std::is_same_v<simd::Value, uint16_t>;
 
-// Up to ROWS_AT_ONCE rows times one group of outputs.
+// Up to `rows_at_once` times one group of outputs.
 inline void multiply(const Group &w, const Rows &x, int row, int num_rows, float *out, int stride) {
     if (w.kind == BFLOAT16 && num_rows == ROWS_AT_ONCE) return multiply_bfloat16<ROWS_AT_ONCE>(w, x, row, out, stride);
     multiply_in_vectors(w, x, row, num_rows, out, stride);

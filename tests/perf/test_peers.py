@@ -86,6 +86,13 @@ def make_report(cells: list[WorkloadCell] = CELLS) -> Report:
     return Report({"model": "a.gguf"}, cells, known, ["one", "two"])
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers here do nothing behind their first answer."""
+    monkeypatch.setattr(bench, "SETTLE_S", 0.0)
+    monkeypatch.setattr(bench, "IDLE_S", 0.02)
+
+
 def test_a_ratio_is_of_medians_and_of_our_best_server_over_the_best_peer() -> None:
     found = ratios(CELLS)
 
@@ -281,10 +288,7 @@ def make_bench(stack: contextlib.ExitStack, directory: Path, known: dict[str, Pe
     return bench.Bench(MODELS, asked, known, stack, directory, tiny)
 
 
-def test_servers_are_measured_in_turns_and_who_does_not_start_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench, "IDLE_S", 0.02)
+def test_servers_are_measured_in_turns_and_who_does_not_start_is_skipped(tmp_path: Path) -> None:
     here, nowhere = Path(sys.executable), tmp_path / "nowhere"
     known = {name: PeerFacts() for name in ("asyncllm-bf16", "llama.cpp-bf16", "vllm-cpu")}
     with contextlib.ExitStack() as stack:
@@ -318,7 +322,6 @@ def test_servers_are_measured_in_turns_and_who_does_not_start_is_skipped(
 def test_a_run_ends_in_json_that_says_what_was_measured_and_not_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "IDLE_S", 0.0)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     asked = (workloads.streams(1).quick(),)
     params = command.PeersParams(tmp_path / "a.gguf", ("vllm-cpu",), 2, None, asked, tmp_path / "results")
@@ -341,10 +344,7 @@ def test_a_run_ends_in_json_that_says_what_was_measured_and_not_where(
     assert str(tmp_path).encode() not in line
 
 
-def test_a_peer_that_failed_a_workload_is_not_asked_for_it_again_but_ours_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench, "IDLE_S", 0.0)
+def test_a_peer_that_failed_a_workload_is_not_asked_for_it_again_but_ours_is(tmp_path: Path) -> None:
     script = SERVE.replace(
         "SseServer()", "SseServer(fail_every=3)"
     )  # first answer, warm-up, and the first of two streams
@@ -365,9 +365,8 @@ def test_a_peer_that_failed_a_workload_is_not_asked_for_it_again_but_ours_is(
 
 
 def test_no_round_but_the_first_begins_that_would_end_too_late(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "IDLE_S", 0.0)
     with contextlib.ExitStack() as stack:
         lab = make_bench(stack, tmp_path, {"asyncllm-bf16": PeerFacts()})
         running = lab.start_all({"asyncllm-bf16": Path(sys.executable)})
@@ -423,7 +422,6 @@ def test_every_server_is_started_on_its_own_weights_and_port(name: str, tmp_path
 
 
 def test_no_prompt_of_a_cell_was_seen_in_its_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "IDLE_S", 0.0)
     sent: list[list[str]] = []
     run = load.run
 
