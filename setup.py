@@ -1,10 +1,12 @@
 """All but the native kernels is in setup.cfg."""
 
+import copy
 import hashlib
 import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCES = "asyncllm/native"
 # Products and sums stay apart where the code says so: results must not depend on what a compiler fuses in one of many
@@ -46,4 +48,14 @@ def native_kernels() -> list[Extension]:
     ]
 
 
-setup(ext_modules=native_kernels())
+class BuildApart(build_ext):
+    """Every build has objects of its own: they are made of the same source, at the same time."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """As setuptools does, in a directory of the build's name."""
+        apart = copy.copy(self)
+        apart.build_temp = str(Path(self.build_temp, ext.name))
+        build_ext.build_extension(apart, ext)
+
+
+setup(ext_modules=native_kernels(), cmdclass={"build_ext": BuildApart})

@@ -205,6 +205,13 @@ def test_the_best_build_for_a_processor_is_taken(
     assert caplog.messages == ["the kernels for AVX-512 with bfloat16 and AMX are not used: they differ"] * 2
 
 
+def test_no_build_is_made_of_another_one_s_objects() -> None:
+    # They come from one source, compiled at the same time: what is linked from the same objects has the same bytes.
+    files = [builds.build_file(name) for name, _, _ in BUILDS]
+    assert None not in files, NOT_BUILT
+    assert len({file.read_bytes() for file in files if file}) == len(BUILDS)
+
+
 def test_a_build_that_is_not_there_leaves_the_next_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
